@@ -1,0 +1,130 @@
+"""plyweight: one layered file that holds a network at every bit-width.
+
+    model = plyweight.prepare(network, bit_widths=(2, 3, 4, 8))    quantized at every width
+    objective = plyweight.JointObjective(model, criterion)         one run trains them all
+    plyweight.pack(model, "network.layered.safetensors")           every width is a prefix
+    network = plyweight.load(path, network, bit_width=4)           as much as a device needs
+    plyweight.upgrade(network, path, bit_width=8)                  only what is missing
+
+Public names are looked up on first use (PEP 562), so that handling bytes never imports torch.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+__all__ = [
+    "ArtifactError",
+    "BitWidthError",
+    "DeliveryError",
+    "DigestError",
+    "HeaderError",
+    "JointObjective",
+    "LayeringError",
+    "ModelMismatchError",
+    "OutputError",
+    "PlyweightError",
+    "RangeError",
+    "Report",
+    "SourceError",
+    "TruncatedError",
+    "VersionError",
+    "at_bit_width",
+    "bit_widths_of",
+    "downgrade",
+    "inspect",
+    "load",
+    "pack",
+    "prepare",
+    "recalibrate",
+    "report",
+    "set_bit_width",
+    "upgrade",
+    "verify",
+]
+
+_HOMES = {
+    "ArtifactError": "plyweight.errors",
+    "BitWidthError": "plyweight.errors",
+    "DeliveryError": "plyweight.errors",
+    "DigestError": "plyweight.errors",
+    "HeaderError": "plyweight.errors",
+    "JointObjective": "plyweight.train.objective",
+    "LayeringError": "plyweight.errors",
+    "ModelMismatchError": "plyweight.errors",
+    "OutputError": "plyweight.errors",
+    "PlyweightError": "plyweight.errors",
+    "RangeError": "plyweight.errors",
+    "Report": "plyweight.nn.report",
+    "SourceError": "plyweight.errors",
+    "TruncatedError": "plyweight.errors",
+    "VersionError": "plyweight.errors",
+    "at_bit_width": "plyweight.nn.bit_width",
+    "bit_widths_of": "plyweight.nn.bit_width",
+    "downgrade": "plyweight.loading",
+    "inspect": "plyweight.artifact.receipt",
+    "load": "plyweight.loading",
+    "pack": "plyweight.packing",
+    "prepare": "plyweight.nn.swap",
+    "recalibrate": "plyweight.train.batch_norm",
+    "report": "plyweight.nn.report",
+    "set_bit_width": "plyweight.nn.bit_width",
+    "upgrade": "plyweight.loading",
+    "verify": "plyweight.artifact.reader",
+}
+
+if TYPE_CHECKING:
+    from plyweight.artifact.reader import verify
+    from plyweight.artifact.receipt import inspect
+    from plyweight.errors import (
+        ArtifactError,
+        BitWidthError,
+        DeliveryError,
+        DigestError,
+        HeaderError,
+        LayeringError,
+        ModelMismatchError,
+        OutputError,
+        PlyweightError,
+        RangeError,
+        SourceError,
+        TruncatedError,
+        VersionError,
+    )
+    from plyweight.loading import downgrade, load, upgrade
+    from plyweight.nn.bit_width import at_bit_width, bit_widths_of, set_bit_width
+    from plyweight.nn.report import Report, report
+    from plyweight.nn.swap import prepare
+    from plyweight.packing import pack
+    from plyweight.train.batch_norm import recalibrate
+    from plyweight.train.objective import JointObjective
+
+    __version__: str
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        value: object = import_module("importlib.metadata").version("plyweight")
+    elif name in _HOMES:
+        value = getattr(_home_of(name), name)
+    else:
+        raise AttributeError(f"module 'plyweight' has no attribute {name!r}")
+    globals()[name] = value  # the next use finds it without asking here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _home_of(name: str) -> object:
+    try:
+        return import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        # jaxtyping comes with torch in [train], and its import stands before torch's.
+        if error.name not in ("torch", "jaxtyping") or find_spec("torch") is not None:
+            raise
+        raise ImportError(
+            f"plyweight.{name} needs PyTorch, which is not installed; "
+            'install it with: pip install "plyweight[train]"'
+        ) from error

@@ -1,0 +1,112 @@
+"""Every way plyweight can go wrong, as one tree.
+
+    PlyweightError
+      x ArtifactError              the bytes of an artifact are wrong
+        + HeaderError                its header breaks a rule of docs/format.md
+        + VersionError               its version or a required feature is unknown here
+        + DigestError                a layer differs from the digest the header states
+        + TruncatedError             the bytes end inside a layer
+      x DeliveryError              the bytes did not arrive
+        + SourceError                a source cannot be opened or read
+        + RangeError                 a byte range was asked for that the source does not have
+      x OutputError                a file cannot be written; nothing half-written is left
+      x BitWidthError              a bit-width was asked for that is not there
+      x LayeringError              a module or weight cannot be layered, or an option contradicts the model
+      x ModelMismatchError         a model and an artifact do not describe the same network
+
+Every message is one sentence or two: what was asked, what there is, what to do.
+"""
+
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "ArtifactError",
+    "BitWidthError",
+    "DeliveryError",
+    "DigestError",
+    "HeaderError",
+    "LayeringError",
+    "ModelMismatchError",
+    "OutputError",
+    "PlyweightError",
+    "RangeError",
+    "SourceError",
+    "TruncatedError",
+    "VersionError",
+    "listed",
+]
+
+
+def listed(items: Iterable[object], *, most: int = 8) -> str:
+    """``items`` as a comma-separated list of at most ``most``, for a message."""
+    words = [str(item) for item in items]
+    if not words:
+        return "nothing"
+    rest = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + rest
+
+
+class PlyweightError(Exception):
+    """The root of every error that plyweight raises on purpose."""
+
+
+class ArtifactError(PlyweightError, ValueError):
+    """The bytes of an artifact are wrong."""
+
+
+class HeaderError(ArtifactError):
+    """The header breaks a rule of ``docs/format.md``."""
+
+
+class VersionError(ArtifactError):
+    """The artifact needs a newer reader."""
+
+
+class DigestError(ArtifactError):
+    """A layer's bytes differ from the digest in the header."""
+
+
+class TruncatedError(ArtifactError):
+    """The bytes end inside a layer instead of at its end."""
+
+
+class DeliveryError(PlyweightError, OSError):
+    """The bytes did not arrive."""
+
+
+class SourceError(DeliveryError):
+    """A source cannot be opened or read."""
+
+
+class RangeError(DeliveryError):
+    """A byte range was asked for that the source does not have."""
+
+
+class OutputError(PlyweightError, OSError):
+    """A file cannot be written; nothing half-written is left."""
+
+
+class BitWidthError(PlyweightError, ValueError):
+    """A bit-width was asked for that is not there."""
+
+    def __init__(self, asked: object, *, stored: Sequence[int], where: str, advice: str = "") -> None:
+        advice = advice or f"Ask for one of those, or train again with {asked} among `bit_widths`."
+        super().__init__(
+            f"{asked} bits were asked for, but {where} stores {listed(stored)}. {advice}"
+        )
+
+
+class LayeringError(PlyweightError, ValueError):
+    """A module or weight cannot be layered, or an option contradicts the model."""
+
+
+class ModelMismatchError(PlyweightError, ValueError):
+    """A model and an artifact do not describe the same network."""
+
+    def __init__(self, *, artifact_only: Sequence[str], model_only: Sequence[str]) -> None:
+        super().__init__(
+            "the model does not match the artifact: "
+            f"only the artifact has {listed(artifact_only)}; "
+            f"only the model has {listed(model_only)}. "
+            "Build the model with the same architecture as the one that was packed."
+        )

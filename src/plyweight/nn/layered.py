@@ -1,0 +1,118 @@
+"""Layered modules: float modules whose weight is fake-quantized at the chosen bit-width.
+
+A float module *becomes* layered (its class changes and two submodules are added), so whatever
+refers to it, shares it or hooks it still does. ``layered.weight`` is the weight at the current
+bit-width: code that reads it instead of calling the module (torchvision's Swin, tied heads)
+computes with the right values, as with ``torch.nn.utils.parametrize``. The latent float weight,
+which training updates, is the parameter of that name, ``layered.latent_weight``.
+"""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plyweight.quantizers import ActivationQuantizer, WeightQuantizer
+
+__all__ = [
+    "LayeredConv1d",
+    "LayeredConv2d",
+    "LayeredEmbedding",
+    "LayeredLinear",
+    "LayeredModule",
+    "transpose_to_linear",
+]
+
+
+class LayeredModule(nn.Module):
+    """What layered modules share.
+
+    Attributes:
+        weight_quantizer: quantizes the latent weight.
+        input_quantizer: quantizes the input; ``nn.Identity`` where activations stay float.
+    """
+
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer | nn.Identity
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Module,
+        weight_quantizer: WeightQuantizer,
+        input_quantizer: ActivationQuantizer | None = None,
+    ) -> Self:
+        """Turn ``module``, an exact instance of the float class, into a layered one in place."""
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        module.weight_quantizer = weight_quantizer
+        module.input_quantizer = input_quantizer or nn.Identity()
+        return module
+
+    @property
+    def latent_weight(self) -> nn.Parameter:
+        """The float weight that training updates, ``(out, in, ...)``."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight at the current bit-width, in the latent weight's shape and dtype."""
+        values: Tensor = self.weight_quantizer(self.latent_weight)
+        return values
+
+
+class LayeredLinear(LayeredModule, nn.Linear):
+    """``nn.Linear`` with a layered weight ``(out, in)``."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``."""
+        return F.linear(self.input_quantizer(inputs), self.weight, self.bias)
+
+
+class LayeredConv1d(LayeredModule, nn.Conv1d):
+    """``nn.Conv1d`` with a layered weight ``(out, in / groups, length)``."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``(batch, in, length)`` to ``(batch, out, length)``."""
+        return self._conv_forward(self.input_quantizer(inputs), self.weight, self.bias)
+
+
+class LayeredConv2d(LayeredModule, nn.Conv2d):
+    """``nn.Conv2d`` with a layered weight ``(out, in / groups, height, width)``."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
+        return self._conv_forward(self.input_quantizer(inputs), self.weight, self.bias)
+
+
+class LayeredEmbedding(LayeredModule, nn.Embedding):
+    """``nn.Embedding`` with a layered weight ``(num_embeddings, dim)``."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``(...)`` int to ``(..., dim)``. Only the rows asked for are quantized."""
+        flat = ids.reshape(-1)
+        rows = F.embedding(
+            flat,
+            self.latent_weight,
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+        )
+        return torch.unflatten(self.weight_quantizer(rows, flat), 0, ids.shape)
+
+
+def transpose_to_linear(module: Any, weight: nn.Parameter) -> nn.Linear:
+    """Turn transformers' ``Conv1D``, whose weight is ``(in, out)``, into ``nn.Linear`` in place.
+
+    Args:
+        module: the ``Conv1D``.
+        weight: its weight transposed, ``(out, in)``.
+    """
+    module.__class__ = nn.Linear
+    module.out_features, module.in_features = weight.shape
+    module.weight = weight
+    assert isinstance(module, nn.Linear)
+    return module

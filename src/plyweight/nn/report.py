@@ -1,0 +1,83 @@
+"""report: what of a model is layered, and what stays float and why."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from plyweight.nn.bit_width import bit_widths_of
+from plyweight.nn.layered import LayeredModule
+
+__all__ = ["KeptModule", "Report", "report"]
+
+
+@dataclass(frozen=True)
+class KeptModule:
+    """A module whose own parameters stay float."""
+
+    name: str
+    kind: str
+    num_parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`plyweight.prepare` did.
+
+    Attributes:
+        bit_widths: ascending.
+        layered: names of the layered modules.
+        num_layered: weights that are layered, each tied weight once.
+        num_parameters: of the whole model before; quantizers are not counted.
+        kept: the modules that stay float.
+    """
+
+    bit_widths: tuple[int, ...]
+    layered: tuple[str, ...]
+    num_layered: int
+    num_parameters: int
+    kept: tuple[KeptModule, ...]
+
+    @property
+    def share(self) -> float:
+        """Layered weights per parameter, 0 to 1."""
+        return self.num_layered / self.num_parameters
+
+    def __str__(self) -> str:
+        """A line, then one for each module that stays float."""
+        lines = [
+            f"{self.share:.1%} of {self.num_parameters:,} parameters are layered "
+            f"({len(self.layered)} modules; {', '.join(map(str, self.bit_widths))} bits)"
+        ]
+        lines += [
+            f"  float: {kept.name or '(the model itself)'} ({kept.kind}, {kept.num_parameters:,} "
+            f"parameters): {kept.reason}"
+            for kept in self.kept
+        ]
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """What of ``model``, which :func:`plyweight.prepare` returned, is layered.
+
+    Raises:
+        LayeringError: If ``model`` is not layered.
+    """
+    bit_widths = bit_widths_of(model)
+    layered, kept, seen = [], [], set()
+    num_layered = num_parameters = 0
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen.update(map(id, own))
+        if name.endswith(("weight_quantizer", "input_quantizer")):
+            continue
+        num_own = sum(p.numel() for p in own)
+        if hasattr(module, "model_bit_widths"):  # a switchable batch norm has a row per bit-width
+            num_own //= len(module.model_bit_widths)  # type: ignore[arg-type]
+        num_parameters += num_own
+        if isinstance(module, LayeredModule):
+            layered.append(name)
+            num_layered += sum(p.numel() for p in own if p is module.latent_weight)
+        elif num_own and hasattr(module, "kept_float"):
+            kept.append(KeptModule(name, type(module).__name__, num_own, str(module.kept_float)))
+    return Report(bit_widths, tuple(layered), num_layered, num_parameters, tuple(kept))

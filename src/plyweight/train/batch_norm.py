@@ -1,0 +1,84 @@
+"""recalibrate: batch-norm statistics measured again, one set for each bit-width.
+
+Running averages lag behind weights that still move; after training, the plain mean over a few
+thousand training images (through the very augmentation of training) is better.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plyweight.errors import LayeringError
+from plyweight.nn.bit_width import at_bit_width, bit_widths_of
+from plyweight.nn.norm import switchable_batch_norms
+
+__all__ = ["recalibrate"]
+
+
+@torch.no_grad()
+def recalibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    num_batches: int | None = None,
+    forward: Callable[[Any], object] | None = None,
+) -> None:
+    """Measure the running statistics of every switchable batch norm at every bit-width.
+
+    Only batch norms compute as in training; dropout and the rest are as in evaluation. Each batch
+    is seen by all bit-widths, so the loader is read once. The model's mode is kept.
+
+    Args:
+        model: a layered model; one without switchable batch norms is left as it is.
+        loader: gives batches: a tensor, or a tuple or list whose first item is the input.
+        num_batches: how many to use; None for all.
+        forward: ``forward(batch)`` runs the model on a batch of any other kind.
+
+    Raises:
+        LayeringError: If the loader gives no batch, or one of a kind that is not known.
+    """
+    bit_widths = bit_widths_of(model)
+    norms = switchable_batch_norms(model)
+    if not norms:
+        return
+    run = forward or (lambda batch: model(_inputs(batch)))
+    was_training = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = None  # a cumulative average over the batches
+    seen = 0
+    try:
+        # Eager, for a cumulative average reads its count in Python.
+        with torch.compiler.set_stance("force_eager"):
+            for batch in loader:
+                if num_batches is not None and seen >= num_batches:
+                    break
+                for bit_width in bit_widths:
+                    with at_bit_width(model, bit_width):
+                        if seen == 0:
+                            for norm in norms:
+                                norm.reset_row()
+                        run(batch)
+                seen += 1
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for module, training in was_training.items():
+            module.training = training
+    if seen == 0:
+        raise LayeringError("the loader gave no batch; recalibrate needs at least one.")
+
+
+def _inputs(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, (tuple, list)) and batch:
+        return batch[0]
+    raise LayeringError(
+        f"the loader gave a {type(batch).__name__}; recalibrate takes tensors and tuples that "
+        "begin with the input, or give forward=lambda batch: model(...)."
+    )

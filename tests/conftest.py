@@ -1,0 +1,27 @@
+"""What every test shares. Nothing here needs torch: tests of codes and bytes run without it."""
+
+import os
+import sys
+
+import pytest
+from hypothesis import settings
+
+# No deadline: a shared machine is slow now and then, and that is no property of the code.
+settings.register_profile("default", deadline=None)
+# In CI the same examples every time; elsewhere new ones, and failures are kept for the next run.
+settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_in_any_order() -> None:
+    """Seed torch before every test, if any test has imported it."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda"):
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device here")
