@@ -13,6 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plyweight.nn.quantized import (
+    InputQuantizer,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedLinear,
+)
 from plyweight.quantizers import ActivationQuantizer, WeightQuantizer
 
 __all__ = [
@@ -34,7 +40,7 @@ class LayeredModule(nn.Module):
     """
 
     weight_quantizer: WeightQuantizer
-    input_quantizer: ActivationQuantizer | nn.Identity
+    input_quantizer: InputQuantizer
 
     @classmethod
     def from_float(
@@ -64,28 +70,16 @@ class LayeredModule(nn.Module):
         return values
 
 
-class LayeredLinear(LayeredModule, nn.Linear):
+class LayeredLinear(LayeredModule, QuantizedLinear):
     """``nn.Linear`` with a layered weight ``(out, in)``."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """``(..., in)`` to ``(..., out)``."""
-        return F.linear(self.input_quantizer(inputs), self.weight, self.bias)
 
-
-class LayeredConv1d(LayeredModule, nn.Conv1d):
+class LayeredConv1d(LayeredModule, QuantizedConv1d):
     """``nn.Conv1d`` with a layered weight ``(out, in / groups, length)``."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """``(batch, in, length)`` to ``(batch, out, length)``."""
-        return self._conv_forward(self.input_quantizer(inputs), self.weight, self.bias)
 
-
-class LayeredConv2d(LayeredModule, nn.Conv2d):
+class LayeredConv2d(LayeredModule, QuantizedConv2d):
     """``nn.Conv2d`` with a layered weight ``(out, in / groups, height, width)``."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
-        return self._conv_forward(self.input_quantizer(inputs), self.weight, self.bias)
 
 
 class LayeredEmbedding(LayeredModule, nn.Embedding):

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from plyweight.quantizers import Switchable
 
-__all__ = ["BATCH_NORM_TENSORS", "SwitchableBatchNorm1d", "SwitchableBatchNorm2d"]
+__all__ = ["BATCH_COUNT", "BATCH_NORM_TENSORS", "SwitchableBatchNorm1d", "SwitchableBatchNorm2d"]
 
-# What a batch norm has of its own at each bit-width, by its names in a state dict.
-BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+# What a batch norm has of its own at each bit-width, by its names in a state dict, and the count
+# of batches, which matters to nobody but a cumulative average in progress: it is not shipped.
+BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+BATCH_COUNT = "num_batches_tracked"
 
 
 class _SwitchableBatchNorm(Switchable, nn.modules.batchnorm._BatchNorm):
@@ -26,7 +28,7 @@ class _SwitchableBatchNorm(Switchable, nn.modules.batchnorm._BatchNorm):
         """Turn ``module`` into one that starts from its statistics at every bit-width, in place."""
         module.__class__ = cls
         assert isinstance(module, cls)
-        tensors = {n: getattr(module, n) for n in BATCH_NORM_TENSORS}
+        tensors = {n: getattr(module, n) for n in (*BATCH_NORM_TENSORS, BATCH_COUNT)}
         device = next((t.device for t in tensors.values() if t is not None), None)
         module.make_switchable(bit_widths, device=device)
         for name, tensor in tensors.items():

@@ -24,6 +24,13 @@ from plyweight.nn.layered import (
     transpose_to_linear,
 )
 from plyweight.nn.norm import SwitchableBatchNorm1d, SwitchableBatchNorm2d
+from plyweight.nn.packed import (
+    PackedConv1d,
+    PackedConv2d,
+    PackedEmbedding,
+    PackedLinear,
+    PackedModule,
+)
 from plyweight.quantizers import (
     ActivationQuantizer,
     ActivationWidths,
@@ -32,13 +39,19 @@ from plyweight.quantizers import (
     checked_bit_widths,
 )
 
-__all__ = ["BATCH_NORMS", "LAYERED", "prepare", "unfuse"]
+__all__ = ["BATCH_NORMS", "LAYERED", "PACKED", "prepare", "unfuse"]
 
 LAYERED: dict[type[nn.Module], type[LayeredModule]] = {
     nn.Linear: LayeredLinear,
     nn.Conv1d: LayeredConv1d,
     nn.Conv2d: LayeredConv2d,
     nn.Embedding: LayeredEmbedding,
+}
+PACKED: dict[type[nn.Module], type[PackedModule]] = {
+    nn.Linear: PackedLinear,
+    nn.Conv1d: PackedConv1d,
+    nn.Conv2d: PackedConv2d,
+    nn.Embedding: PackedEmbedding,
 }
 BATCH_NORMS: dict[type[nn.Module], type[SwitchableBatchNorm1d | SwitchableBatchNorm2d]] = {
     nn.BatchNorm1d: SwitchableBatchNorm1d,

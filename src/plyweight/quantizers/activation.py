@@ -138,6 +138,13 @@ class ActivationQuantizer(Switchable):
             rows.append([levels / 2 if signed else levels, lowest, lowest + levels - 1, half])
         self._tables.copy_(torch.tensor(rows))
 
+    @torch.no_grad()
+    def set_step(self, bit_width: int, step: float, zero_point: float) -> None:
+        """Set the grid at ``bit_width`` (of the model); the kind is set already."""
+        row = self._rows[bit_width]
+        self.clip[row] = step * self._tables[row, 0]
+        self.offset[row] = -zero_point * step if self.kind == "offset" else 0.0
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values; happens once
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:

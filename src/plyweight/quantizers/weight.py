@@ -19,7 +19,7 @@ would otherwise change the scale by several times itself. 128 is a power of two,
 read from a file gives back its clip without rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from plyweight.codec import MAGNITUDES, codes_at, decode, encode, spread
 from plyweight.quantizers.switchable import Switchable
 
-__all__ = ["WeightQuantizer"]
+__all__ = ["WeightQuantizer", "scale_of"]
 
 # Where the clip starts, in root mean squares of a channel: near the best single clip for Gaussian
 # weights over 8 to 2 bits (docs/method.md).
@@ -43,7 +43,7 @@ class WeightQuantizer(Switchable):
 
     Attributes:
         clip: parameter, float32 ``(out,)``, or ``(out, ceil(in / group_size))`` with groups.
-        gain: parameter, float32 ``(own bit-widths,)``.
+        gain: parameter, float32 ``(own bit-widths,)``, or ``(own bit-widths, *clip.shape)``.
         group_size: int64 scalar, inputs that share a scale; 0 for one scale per output channel.
     """
 
@@ -72,7 +72,7 @@ class WeightQuantizer(Switchable):
     @property
     def scale(self) -> Tensor:
         """float32, the shape of ``clip``: the width of one step of the 8-bit code."""
-        return self.clip.float().abs().clamp_min(SMALLEST_CLIP) / MAGNITUDES
+        return scale_of(self.clip)
 
     def codes(self, weight: Tensor) -> Tensor:
         """The 8-bit codes of ``weight``, uint8 of its shape."""
@@ -91,11 +91,18 @@ class WeightQuantizer(Switchable):
         values: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
             weight,
             self._spread(scale, weight),
-            self.row_of(self.gain).float(),
+            self._gain(weight, rows),
             self.row_of(self.own_widths),
             self.clip.numel(),
         )
         return values
+
+    def _gain(self, weight: Tensor, rows: Tensor | None) -> Tensor:
+        """float32, a scalar or broadcastable to ``weight``."""
+        gain = self.row_of(self.gain).float()
+        if gain.dim() == 0:
+            return gain
+        return self._spread(gain if rows is None else gain[rows], weight)
 
     @torch.no_grad()
     def fit_gain(self, weight: Tensor) -> None:
@@ -108,6 +115,24 @@ class WeightQuantizer(Switchable):
                 fit = (ungained * weight.float()).sum() / (ungained * ungained).sum()
                 self.gain[row] = torch.where(fit > 0, fit, 1.0)
 
+    @torch.no_grad()
+    def set_grid(self, scale: Tensor, gains: Mapping[int, Tensor]) -> None:
+        """Take the scale and gains of a file.
+
+        Args:
+            scale: float32, the shape of ``clip``.
+            gains: float32 ``(1,)`` or the shape of ``clip``, by own bit-width; 1 where missing.
+        """
+        self.clip.copy_(scale * MAGNITUDES)
+        one = torch.ones(1)
+        rows = [gains.get(b, one).reshape(-1) for b in self.own_bit_widths]
+        if all(len(row) == 1 for row in rows):
+            rows = [row[0] for row in rows]
+        else:
+            rows = [row.expand(scale.numel()).reshape(scale.shape) for row in rows]
+        gain = torch.stack(rows).to(self.gain)
+        self.gain = nn.Parameter(gain, requires_grad=self.gain.requires_grad)
+
     def _spread(self, scale: Tensor, weight: Tensor) -> Tensor:
         result: Tensor = spread(scale, tuple(weight.shape), self._group_size)
         return result
@@ -117,6 +142,11 @@ class WeightQuantizer(Switchable):
         pinned = f", pinned={int(self.pinned)}" if self.pinned else ""
         group = f", group_size={self._group_size}" if self._group_size else ""
         return f"bit_widths={self.available_bit_widths}{pinned}{group}"
+
+
+def scale_of(clip: Tensor) -> Tensor:
+    """The scale that belongs to ``clip``: float32, positive, of its shape."""
+    return clip.float().abs().clamp_min(SMALLEST_CLIP) / MAGNITUDES
 
 
 def initial_clip(weight: Tensor, group_size: int | None) -> Tensor:
@@ -170,6 +200,7 @@ class _FakeQuantize(torch.autograd.Function):
             per_scale = weight.numel() / ctx.num_scales
             for_scale = (upstream * gain * (level - ratio * inside)).sum_to_size(scale.shape)
             for_scale = for_scale * torch.rsqrt(per_scale * positive_levels)
-            for_gain = (upstream * level * scale).sum()
-            for_gain = for_gain * torch.rsqrt(weight.numel() * positive_levels)
+            for_gain = (upstream * level * scale).sum_to_size(gain.shape)
+            per_gain = weight.numel() / gain.numel()
+            for_gain = for_gain * torch.rsqrt(per_gain * positive_levels)
         return for_weight, for_scale, for_gain, None, None

@@ -1,0 +1,69 @@
+"""The file: planes of all weights by significance, so that every bit-width is a prefix of it.
+
+    write_artifact(path, layers=..., weights=..., ...)      numbers to bytes
+    ArtifactReader(path).read_layer(0)                      bytes to numbers, verified
+    receipt(source)                                         what every bit-width costs
+
+Needs numpy only; ``docs/format.md`` is the format in words.
+"""
+
+from plyweight.artifact.files import publish_atomically
+from plyweight.artifact.header import MAX_HEADER_BYTES, VERSION, Header, header_bytes
+from plyweight.artifact.layout import Alignment, ByteRange, align_up, choose_alignment
+from plyweight.artifact.names import (
+    GRAPH_NAME,
+    gain_name,
+    planes_name,
+    scale_name,
+    step_name,
+    zero_point_name,
+)
+from plyweight.artifact.reader import ArtifactReader
+from plyweight.artifact.receipts import LayerReceipt, Receipt, receipt
+from plyweight.artifact.records import (
+    ITEM_BYTES,
+    Activation,
+    Layer,
+    LayeredWeight,
+    ModelInfo,
+    TensorEntry,
+)
+from plyweight.artifact.source import FileSource, MemorySource, Source, open_source
+from plyweight.artifact.values import TensorView
+from plyweight.artifact.writer import LayerContent, TensorData, write_artifact
+
+__all__ = [
+    "GRAPH_NAME",
+    "ITEM_BYTES",
+    "MAX_HEADER_BYTES",
+    "VERSION",
+    "Activation",
+    "Alignment",
+    "ArtifactReader",
+    "ByteRange",
+    "FileSource",
+    "Header",
+    "Layer",
+    "LayerContent",
+    "LayerReceipt",
+    "LayeredWeight",
+    "MemorySource",
+    "ModelInfo",
+    "Receipt",
+    "Source",
+    "TensorData",
+    "TensorEntry",
+    "TensorView",
+    "align_up",
+    "choose_alignment",
+    "gain_name",
+    "header_bytes",
+    "open_source",
+    "planes_name",
+    "publish_atomically",
+    "receipt",
+    "scale_name",
+    "step_name",
+    "write_artifact",
+    "zero_point_name",
+]

@@ -1,0 +1,100 @@
+"""Files: the one place for what only POSIX gives (a directory's fsync).
+
+A file is published whole or not at all: it is written under another name in the same folder,
+forced to disk, and then renamed over its target in one step.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from plyweight.errors import OutputError, PlyweightError
+
+__all__ = ["publish_atomically"]
+
+# What writing to the temporary file itself can die of; other errors belong to whoever raised them.
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+
+
+@contextlib.contextmanager
+def publish_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file that becomes ``path`` when the block ends without an exception.
+
+    On any exception, ``KeyboardInterrupt`` included, nothing is left behind and what stood at
+    ``path`` stays as it was. A symbolic link at ``path`` is followed.
+
+    Raises:
+        OutputError: If the file cannot be written there.
+    """
+    target = _target(path)
+    # A short name of its own: the target's may already be as long as the system allows.
+    temporary = target.parent / f".plyweight-{secrets.token_hex(8)}.part"
+    try:
+        file = temporary.open("xb+")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        try:
+            yield file
+        except PlyweightError:
+            raise
+        except OSError as error:
+            if error.errno in DISK_ERRORS:
+                raise _cannot_write(path, error) from error
+            raise
+        try:
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()  # before the rename: Windows renames no open file
+            temporary.replace(target)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+    except BaseException:
+        # Closing flushes what is buffered, which may fail again on a full disk.
+        with contextlib.suppress(OSError):
+            file.close()
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """The absolute path of the file to write."""
+    try:
+        target = Path(path).resolve()
+        is_folder, has_folder = target.is_dir(), target.parent.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # an embedded NUL, a loop of links
+        raise _cannot_write(path, error) from error
+    if is_folder:
+        raise OutputError(f"{os.fspath(path)!r} is a folder; give the path of a file inside it.")
+    if not has_folder:
+        raise OutputError(
+            f"{os.fspath(path)} cannot be written: the folder {target.parent} does not "
+            "exist; create it first."
+        )
+    return target
+
+
+def _cannot_write(path: str | os.PathLike[str], error: Exception) -> OutputError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return OutputError(
+        f"{os.fspath(path)!r} cannot be written ({reason}); nothing was left behind, "
+        "so free the space or choose another folder and try again."
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename survive a power cut, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return  # Windows
+    # The file is published by now; a file system that cannot sync a folder is no failure.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

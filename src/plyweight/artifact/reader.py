@@ -1,0 +1,176 @@
+"""Reader: a whole artifact, or any prefix of one that ends where a layer does.
+
+Nothing is read before it is asked for, and nothing is handed out before it is verified: the
+header when the reader is made (and not one byte more), a layer when ``read_layer`` asks for it.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+
+from plyweight.artifact.header import LENGTH_BYTES, Header, header_bytes
+from plyweight.artifact.layout import ByteRange
+from plyweight.artifact.names import is_pad, split_name
+from plyweight.artifact.records import Layer
+from plyweight.artifact.source import Source, open_source
+from plyweight.artifact.values import TensorView, ValueChecker
+from plyweight.errors import (
+    ArtifactError,
+    BitWidthError,
+    DigestError,
+    TruncatedError,
+    listed,
+)
+
+__all__ = ["ArtifactReader"]
+
+
+class ArtifactReader:
+    """Reads verified layers from a source.
+
+    Attributes:
+        source: where the bytes come from.
+        header: what the artifact holds.
+        held_bit_widths: those whose layers are wholly inside the source, ascending.
+
+    Raises:
+        ArtifactError: If the header is wrong, or the source does not end where a layer does.
+        SourceError: If the source cannot be opened or read.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | Source) -> None:
+        self.source = open_source(source)
+        with _naming(self.source):
+            self.header = _read_header(self.source)
+            self._num_held = _num_held(self.header, self.source.size())
+        self.held_bit_widths = self.header.bit_widths[: self._num_held]
+        self._checker = ValueChecker(self.header)
+
+    def read_layer(self, index: int) -> dict[str, TensorView]:
+        """The tensors of one layer by their names inside it, verified.
+
+        They are views of one buffer, which is freed with the last of them.
+
+        Raises:
+            BitWidthError: If the layer is not held.
+            DigestError: If its bytes differ from the digests in the header.
+            ArtifactError: If its values cannot be computed with.
+        """
+        layer = self._held_layer(index)
+        buffer = memoryview(self.source.read(layer.byte_range))
+        tensors = {}
+        with _naming(self.source):
+            self._check_digests(index, layer, buffer)
+            for entry in self.header.tensors_of(index):
+                inside = self.header.file_range(entry).shifted(-layer.byte_range.start)
+                data = buffer[inside.start : inside.stop]
+                self._checker.check(entry, data)
+                if not is_pad(entry.name):
+                    name = split_name(entry.name)[1]
+                    tensors[name] = TensorView(entry.dtype, entry.shape, data)
+        return tensors
+
+    def verify(self) -> tuple[Layer, ...]:
+        """Read and check every held layer; those that were checked, all of them.
+
+        Raises:
+            ArtifactError: If one is wrong.
+        """
+        for index in range(self._num_held):
+            self.read_layer(index)
+        return self.header.layers[: self._num_held]
+
+    def _held_layer(self, index: int) -> Layer:
+        if not 0 <= index < len(self.header.layers):
+            raise IndexError(
+                f"layer {index} was asked for, but {self.source.name} has layers 0 to "
+                f"{len(self.header.layers) - 1}; ask for one of those."
+            )
+        layer = self.header.layers[index]
+        if index >= self._num_held:
+            raise BitWidthError(
+                layer.bit_width,
+                stored=self.held_bit_widths,
+                where=self.source.name,
+                advice=f"The artifact has them too: fetch bytes {self.source.size()} to "
+                f"{layer.byte_range.stop} of it.",
+            )
+        return layer
+
+    def _check_digests(self, index: int, layer: Layer, buffer: memoryview) -> None:
+        what = f"layer {index} ({layer.bit_width} bits)"
+        for number, expected in enumerate(layer.chunk_digests):
+            chunk = layer.chunk_range(number)
+            inside = chunk.shifted(-layer.byte_range.start)
+            if hashlib.sha256(buffer[inside.start : inside.stop]).digest() != expected:
+                raise DigestError(
+                    f"chunk {number} of {what} differs from its digest; it holds "
+                    f"{listed(self._names_in(index, chunk))}; fetch bytes {chunk} again."
+                )
+        if hashlib.sha256(buffer).hexdigest() != layer.sha256:
+            raise DigestError(
+                f"{what} differs from its digest, although its chunks match theirs; "
+                "the header contradicts itself, so fetch or pack the file again."
+            )
+
+    def _names_in(self, index: int, byte_range: ByteRange) -> list[str]:
+        """The tensors of a layer that have bytes in ``byte_range`` of the file."""
+        places = [(e.name, self.header.file_range(e)) for e in self.header.tensors_of(index)]
+        return [
+            name
+            for name, place in places
+            if place.start < byte_range.stop and byte_range.start < place.stop
+        ]
+
+
+def _read_header(source: Source) -> Header:
+    size = source.size()
+    if size < LENGTH_BYTES:
+        raise TruncatedError(
+            f"it has {size} bytes, but an artifact starts with {LENGTH_BYTES}; fetch it again."
+        )
+    first = source.read(ByteRange(0, LENGTH_BYTES))
+    data_start = header_bytes(first)
+    if size < data_start:
+        raise TruncatedError(
+            f"its header has {data_start} bytes, but only {size} are there; fetch it again."
+        )
+    return Header.parse(first + source.read(ByteRange(LENGTH_BYTES, data_start)))
+
+
+def _num_held(header: Header, size: int) -> int:
+    """How many layers there are in the first ``size`` bytes, which must end where one does."""
+    for index, layer in enumerate(header.layers):
+        if size < layer.byte_range.stop:
+            if index and size == layer.byte_range.start:
+                return index
+            raise _cut(header, index, size)
+    if size > header.file_bytes:
+        raise ArtifactError(
+            f"it has {size} bytes, but its layers end at {header.file_bytes}; "
+            "fetch it again, or cut off what was appended."
+        )
+    return len(header.layers)
+
+
+def _cut(header: Header, index: int, size: int) -> TruncatedError:
+    """What to say about a source that ends inside layer ``index``."""
+    layer = header.layers[index]
+    inside = next(e.name for e in header.tensors_of(index) if size < header.file_range(e).stop)
+    shorter = (
+        f", or keep {layer.byte_range.start} bytes for {header.layers[index - 1].bit_width} bits"
+    )
+    return TruncatedError(
+        f"it ends at byte {size}, inside layer {index} ({layer.bit_width} bits) at tensor "
+        f"{inside}; fetch it up to byte {layer.byte_range.stop}{shorter if index else ''}."
+    )
+
+
+@contextlib.contextmanager
+def _naming(source: Source) -> Iterator[None]:
+    """Put the source's name in front of what is wrong with its bytes."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise type(error)(f"{source.name}: {error}") from error

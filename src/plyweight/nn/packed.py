@@ -1,0 +1,159 @@
+"""Packed modules: what is resident is the bit planes that are held, never a float weight.
+
+A packed weight decodes when it is used: the first planes of its own bit-width make the codes, the
+codes make the levels, times the scale. It is the definition that faster kernels must equal.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plyweight.codec import decode, from_planes, spread
+from plyweight.nn.quantized import (
+    InputQuantizer,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedLinear,
+)
+from plyweight.quantizers import ActivationQuantizer, Switchable
+
+__all__ = [
+    "PackedConv1d",
+    "PackedConv2d",
+    "PackedEmbedding",
+    "PackedLinear",
+    "PackedModule",
+    "PackedWeight",
+]
+
+
+class PackedWeight(Switchable):
+    """The planes of one weight, and its scale and gains.
+
+    Buffers, where ``i`` counts the artifact's layers and only held layers have theirs:
+        scale: float32 ``(out,)``, or ``(out, ceil(in / group_size))``.
+        planes_<i>: uint8 ``(planes, bytes)`` that layer ``i`` brought.
+        gain_<b>: float32 ``(1,)`` or the scale's shape, at own bit-width ``b`` where it is not 1.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        scale: Tensor,
+        bit_widths: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        group_size: int | None = None,
+        pinned: int = 0,
+    ) -> None:
+        super().__init__()
+        self.make_switchable(bit_widths, pinned=pinned, device=scale.device)
+        self.register_buffer("scale", scale)
+        self.shape, self.group_size = shape, group_size
+        # An empty tensor and not a dtype, so that `model.to(dtype)` applies to it.
+        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=scale.device))
+        self.num_held = 0
+
+    @property
+    def available_bit_widths(self) -> tuple[int, ...]:
+        """Those whose layer is held."""
+        return self._all_bit_widths[: self.num_held]
+
+    def hold(self, layer: int, planes: Tensor | None, gain: Tensor | None) -> None:
+        """Take what layer number ``layer``, the next one, brings; None where it brings none."""
+        assert layer == self.num_held
+        self.register_buffer(f"planes_{layer}", planes)
+        own = self._own(self._all_bit_widths[layer])
+        if gain is not None:
+            self.register_buffer(f"gain_{own}", gain)
+        self.num_held += 1
+
+    def release(self, layer: int) -> None:
+        """Give back layer number ``layer``, the last one held: its planes and its gain."""
+        assert layer == self.num_held - 1 and layer > 0
+        delattr(self, f"planes_{layer}")
+        own, before = (self._own(self._all_bit_widths[i]) for i in (layer, layer - 1))
+        if own != before and f"gain_{own}" in self._buffers:
+            delattr(self, f"gain_{own}")
+        self.num_held -= 1
+
+    def forward(self) -> Tensor:
+        """The weight at the current bit-width, in the model's dtype."""
+        own = self._own(self.bit_width)
+        brought = [self._buffers[f"planes_{i}"] for i in range(self.num_held)]
+        rows = [row for planes in brought if planes is not None for row in planes]
+        levels = decode(from_planes(rows[:own], self.shape), own).float()
+        gain = self._buffers.get(f"gain_{own}")
+        scale = self.scale.float() if gain is None else self.scale.float() * gain.float()
+        values: Tensor = (levels * spread(scale, self.shape, self.group_size)).to(self._like.dtype)
+        return values
+
+    @property
+    def _all_bit_widths(self) -> tuple[int, ...]:
+        """The bit-widths of the artifact, of which the first ``num_held`` are held."""
+        return tuple(self._rows)
+
+    def _own(self, bit_width: int) -> int:
+        return self.own_bit_widths[self._rows[bit_width]]
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"shape={self.shape}, bit_widths={self.available_bit_widths}"
+
+
+class PackedModule(nn.Module):
+    """What packed modules share.
+
+    Attributes:
+        packed_weight: the planes; tied modules share one.
+        input_quantizer: quantizes the input; ``nn.Identity`` where activations stay float.
+    """
+
+    packed_weight: PackedWeight
+    input_quantizer: InputQuantizer
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Module,
+        packed_weight: PackedWeight,
+        input_quantizer: ActivationQuantizer | None = None,
+    ) -> Self:
+        """Turn ``module``, an exact instance of the float class, into a packed one in place."""
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        del module._parameters["weight"]
+        module.packed_weight = packed_weight
+        module.input_quantizer = input_quantizer or nn.Identity()
+        return module
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight at the current bit-width, decoded anew at each access."""
+        values: Tensor = self.packed_weight()
+        return values
+
+
+class PackedLinear(PackedModule, QuantizedLinear):
+    """``nn.Linear`` whose weight ``(out, in)`` is resident as planes."""
+
+
+class PackedConv1d(PackedModule, QuantizedConv1d):
+    """``nn.Conv1d`` whose weight ``(out, in / groups, length)`` is resident as planes."""
+
+
+class PackedConv2d(PackedModule, QuantizedConv2d):
+    """``nn.Conv2d`` whose weight ``(out, in / groups, height, width)`` is resident as planes."""
+
+
+class PackedEmbedding(PackedModule, nn.Embedding):
+    """``nn.Embedding`` whose weight ``(num_embeddings, dim)`` is resident as planes."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``(...)`` int to ``(..., dim)``."""
+        return F.embedding(ids, self.weight, self.padding_idx)
