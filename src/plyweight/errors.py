@@ -89,7 +89,9 @@ class OutputError(PlyweightError, OSError):
 class BitWidthError(PlyweightError, ValueError):
     """A bit-width was asked for that is not there."""
 
-    def __init__(self, asked: object, *, stored: Sequence[int], where: str, advice: str = "") -> None:
+    def __init__(
+        self, asked: object, *, stored: Sequence[int], where: str, advice: str = ""
+    ) -> None:
         advice = advice or f"Ask for one of those, or train again with {asked} among `bit_widths`."
         super().__init__(
             f"{asked} bits were asked for, but {where} stores {listed(stored)}. {advice}"

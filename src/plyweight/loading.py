@@ -8,12 +8,12 @@ gives the planes above back.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from plyweight.artifact import ArtifactReader, Header, LayeredWeight, Source, TensorView, open_source
+from plyweight.artifact import ArtifactReader, Header, LayeredWeight, Source, TensorView
 from plyweight.artifact.names import (
     GRAPH_NAME,
     gain_name,
@@ -32,7 +32,6 @@ from plyweight.nn.norm import BATCH_NORM_TENSORS
 from plyweight.nn.packed import PackedModule, PackedWeight
 from plyweight.nn.skeleton import Skeleton
 from plyweight.nn.swap import BATCH_NORMS, LAYERED, PACKED
-from plyweight.packing import DTYPES
 from plyweight.quantizers import ActivationQuantizer, WeightQuantizer
 
 __all__ = ["downgrade", "load", "upgrade"]
@@ -66,11 +65,12 @@ def load(
         BitWidthError: If that bit-width is not stored, or the file is cut before it.
         ArtifactError: If the file is damaged; the message names layer and tensor.
         ModelMismatchError: If the model is not that of the artifact; names are on both sides.
+        LayeringError: If an argument is wrong, or the model has values that no artifact gives.
         SourceError: If the file cannot be read.
     """
     if form not in ("packed", "fake-quantized"):
         raise LayeringError(f"form is {form!r}; give 'packed' or 'fake-quantized'.")
-    reader = ArtifactReader(open_source(source))
+    reader = _reader(source)
     header = reader.header
     target = reader.held_bit_widths[-1] if bit_width is None else bit_width
     num_layers = header.layer_index(target) + 1
@@ -89,7 +89,7 @@ def load(
         for views in layers:
             loaded.apply(views)
         skeleton.model.requires_grad_(False)
-        skeleton.model._plyweight_artifact = loaded.record()  # type: ignore[assignment]
+        loaded.remember()
     else:
         _place_layered(skeleton, header, layers, held)
         _switch_batch_norms(skeleton.model, header, held)
@@ -116,21 +116,25 @@ def upgrade(
         ArtifactError: If the source is damaged or another artifact. The model stays as it was.
         LayeringError: If the model was not loaded in packed form.
     """
-    record = _record_of(model)
-    reader = ArtifactReader(open_source(source))
-    if reader.header.artifact_id != record.header.artifact_id:
+    loaded = _loaded(model)
+    header, num_held = loaded.header, loaded.num_layers
+    reader = _reader(source)
+    if reader.header.artifact_id != header.artifact_id:
         raise ArtifactError(
             f"{reader.source.name} is artifact {reader.header.artifact_id[:12]}, but the model was "
-            f"loaded from {record.header.artifact_id[:12]}; load the other one anew instead."
+            f"loaded from {header.artifact_id[:12]}; load the other one anew instead."
         )
     target = reader.held_bit_widths[-1] if bit_width is None else bit_width
-    num_layers = record.header.layer_index(target) + 1
-    layers = [reader.read_layer(i) for i in range(record.num_layers, num_layers)]
-    loaded = _Loaded(record.header, model, record.num_layers)
-    for views in layers:
-        loaded.apply(views)
-    model._plyweight_artifact = loaded.record()  # type: ignore[assignment]
-    set_bit_width(model, target)
+    num_layers = header.layer_index(target) + 1
+    layers = [reader.read_layer(i) for i in range(num_held, num_layers)]  # all, or none is taken
+    try:
+        for views in layers:
+            loaded.apply(views)
+    except BaseException:  # no memory, or interrupted
+        loaded.release_to(num_held)
+        raise
+    loaded.remember()
+    set_bit_width(loaded.model, target)
 
 
 def downgrade(model: nn.Module, bit_width: int) -> None:
@@ -140,17 +144,15 @@ def downgrade(model: nn.Module, bit_width: int) -> None:
         BitWidthError: If that bit-width is not held.
         LayeringError: If the model was not loaded in packed form.
     """
-    record = _record_of(model)
-    held = record.header.bit_widths[: record.num_layers]
+    loaded = _loaded(model)
+    held = loaded.header.bit_widths[: loaded.num_layers]
     if type(bit_width) is not int or bit_width not in held:
         raise BitWidthError(
             bit_width, stored=held, where="the model", advice="Downgrade to one of those."
         )
-    set_bit_width(model, bit_width)
-    loaded = _Loaded(record.header, model, record.num_layers)
-    while loaded.num_layers > held.index(bit_width) + 1:
-        loaded.release()
-    model._plyweight_artifact = loaded.record()  # type: ignore[assignment]
+    set_bit_width(loaded.model, bit_width)
+    loaded.release_to(held.index(bit_width) + 1)
+    loaded.remember()
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,10 @@ class _Loaded:
     def __init__(self, header: Header, model: nn.Module, num_layers: int = 0) -> None:
         self.header, self.model, self.num_layers = header, model, num_layers
 
-    def record(self) -> _Record:
-        return _Record(self.header, self.num_layers)
+    def remember(self) -> None:
+        """Note on the model itself what it holds."""
+        record = _Record(self.header, self.num_layers)
+        self.model._plyweight_artifact = record  # type: ignore[assignment]
 
     def apply(self, views: Views) -> None:
         """Take the next layer: planes and side information."""
@@ -196,11 +200,12 @@ class _Loaded:
                     tensor[index] = _tensor(views[name]).to(tensor)
         self.num_layers += 1
 
-    def release(self) -> None:
-        """Give back the last layer. Steps and statistics are of no size, and stay."""
-        self.num_layers -= 1
+    def release_to(self, num_layers: int) -> None:
+        """Give back all but ``num_layers``. Steps and statistics are of no size, and stay."""
         for packed in self._packed_weights().values():
-            packed.release(self.num_layers)
+            while packed.num_held > num_layers:
+                packed.release(packed.num_held - 1)
+        self.num_layers = num_layers
 
     def _packed_weights(self) -> dict[str, PackedWeight]:
         found = {}
@@ -344,7 +349,10 @@ def _check_activations(model: nn.Module, header: Header) -> None:
 
 
 def _switch_batch_norms(model: nn.Module, header: Header, bit_widths: tuple[int, ...]) -> None:
-    """Give every batch norm that has tensors in later layers a row for each bit-width."""
+    """Give every batch norm that has tensors in later layers a row for each bit-width.
+
+    Where there are no later layers nothing tells, and one row computes what a float one does.
+    """
     later = {
         split_name(entry.name)[1].rpartition(".")[0]
         for index in range(1, len(header.layers))
@@ -352,26 +360,34 @@ def _switch_batch_norms(model: nn.Module, header: Header, bit_widths: tuple[int,
         if not is_pad(entry.name)
     }
     for name, module in list(model.named_modules()):
-        if type(module) in BATCH_NORMS and name in later:
+        if type(module) in BATCH_NORMS and (name in later or len(header.layers) == 1):
             BATCH_NORMS[type(module)].from_float(module, bit_widths)
 
 
-def _record_of(model: nn.Module) -> _Record:
+def _reader(source: object) -> ArtifactReader:
+    if not isinstance(source, (str, os.PathLike, Source)):
+        raise LayeringError(
+            f"source is a {type(source).__name__}; give the path of an artifact, or a "
+            "plyweight.artifact.Source."
+        )
+    return ArtifactReader(source)
+
+
+def _loaded(model: nn.Module) -> _Loaded:
+    """What :func:`load` made, compiled since or not."""
+    model = getattr(model, "_orig_mod", model)
     record = getattr(model, "_plyweight_artifact", None)
     if not isinstance(record, _Record):
         raise LayeringError(
             f"this {type(model).__name__} holds no artifact; upgrade and downgrade take a model "
             "from plyweight.load(file, model) in packed form."
         )
-    return record
+    return _Loaded(record.header, model, record.num_layers)
 
 
 def _tensor(view: TensorView, *, copy: bool = True) -> Tensor:
     """The tensor of ``view``; without ``copy`` it keeps the whole layer's buffer alive."""
-    dtype = DTYPES[view.dtype]
-    if not len(view.data):
-        return torch.empty(view.shape, dtype=dtype)
-    tensor = torch.frombuffer(view.data, dtype=torch.uint8)
-    if copy:
-        tensor = tensor.clone()
-    return tensor.view(dtype).reshape(view.shape)
+    tensor = torch.from_numpy(view.numpy())
+    if view.dtype == "BF16":
+        tensor = tensor.view(torch.bfloat16)  # numpy has none, and gave its bits
+    return tensor.clone() if copy else tensor

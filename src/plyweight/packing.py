@@ -11,10 +11,9 @@ model and a checkpoint of it make the same file:
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,7 @@ from plyweight.artifact import (
     ModelInfo,
     Receipt,
     TensorData,
-    open_source,
-    receipt,
+    inspect,
     write_artifact,
 )
 from plyweight.artifact.names import (
@@ -38,25 +36,28 @@ from plyweight.artifact.names import (
     zero_point_name,
 )
 from plyweight.codec import codes_at, encode, spread, to_planes
-from plyweight.errors import LayeringError, listed
+from plyweight.errors import BitWidthError, LayeringError, listed
 from plyweight.nn.norm import BATCH_COUNT, BATCH_NORM_TENSORS
 from plyweight.quantizers import ActivationQuantizer
 from plyweight.quantizers.weight import scale_of
 
-__all__ = ["DTYPES", "pack"]
+__all__ = ["pack"]
 
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
+_DTYPE_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What the state dicts of the quantizers hold.
+_WEIGHT_STATE = ("clip", "gain", "model_bit_widths", "pinned", "group_size")
+_ACTIVATION_STATE = ("clip", "offset", "model_bit_widths", "pinned", "widths", "kind_index")
 
 
 def pack(
@@ -85,23 +86,23 @@ def pack(
 
     Raises:
         LayeringError: If the model is not layered, a weight is not finite, an activation
-            quantizer has not seen a batch, or a tensor's dtype cannot be stored.
+            quantizer has not seen a batch, a tensor cannot be stored, or an argument is wrong.
+        BitWidthError: If ``evaluation`` names a bit-width that the model does not have.
         OutputError: If the file cannot be written.
     """
+    default_name = "model"
     if isinstance(model, nn.Module):
         model = _unwrapped(model)
-        state: Mapping[str, Tensor] = model.state_dict()
         default_name = type(model).__name__
-    else:
-        state, default_name = model, "model"
-    contents = _Contents.of(state)
+    contents = _Contents.of(_checked(model))
+    _check_arguments(path, name, revision, license, evaluation, contents.bit_widths)
     write_artifact(
         path,
         layers=[contents.layer(i) for i in range(len(contents.bit_widths))],
         weights={p: weight.record for p, weight in contents.weights.items()},
         activations={m: _activation(q) for m, q in contents.activations.items()},
         model=ModelInfo(
-            name=name or default_name,
+            name=default_name if name is None else name,
             revision=revision,
             created_by=f"plyweight {version('plyweight')}",
             license=license,
@@ -109,7 +110,7 @@ def pack(
         ),
         evaluation=evaluation,
     )
-    return receipt(open_source(path))
+    return inspect(path)
 
 
 @dataclass
@@ -126,7 +127,8 @@ class _Weight:
         """Planes ``start`` to ``stop`` (left out), row after row."""
         scale = spread(self.scale, self.record.shape, self.record.group_size)
         codes = codes_at(encode(self.latent, scale), stop)
-        return to_planes(codes.numpy(), stop)[start:].tobytes()
+        lowest = codes & (1 << (stop - start)) - 1  # the planes before are of other layers
+        return to_planes(lowest.numpy(), stop - start).tobytes()
 
     def gain_at(self, own_bit_width: int) -> Tensor | None:
         """float32 ``(1,)`` or the scale's shape; None where it is 1."""
@@ -146,7 +148,6 @@ class _Contents:
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> "_Contents":
-        state = _checked(state)
         owners = [k.removesuffix("model_bit_widths") for k in state if _is(k, "model_bit_widths")]
         widths = {tuple(state[f"{owner}model_bit_widths"].tolist()) for owner in owners}
         if len(widths) != 1 or not any(_is(key, "weight_quantizer.clip") for key in state):
@@ -162,7 +163,8 @@ class _Contents:
             module = f"{head}." if head else ""
             if leaf == BATCH_COUNT:
                 continue
-            identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            place = tensor.device, tensor.data_ptr()
+            identity = (*place, tensor.shape, tensor.stride(), tensor.dtype)
             if tensor.numel() and stored.setdefault(identity, key) != key:
                 continue  # tied to one that is stored already
             if head.endswith("input_quantizer") and f"{module}kind_index" in state:
@@ -172,6 +174,7 @@ class _Contents:
                 continue
             if f"{module}model_bit_widths" in state:
                 if leaf in BATCH_NORM_TENSORS:
+                    _check_finite(key, tensor)
                     contents.rows[key] = tensor
                 continue
             if leaf == "weight" and f"{module}weight_quantizer.clip" in state:
@@ -226,38 +229,25 @@ def _of_activation(
 
 def _weight(state: Mapping[str, Tensor], module: str, key: str) -> _Weight:
     latent = state[key].detach().cpu()
-    part = {n: state[f"{module}weight_quantizer.{n}"].detach().cpu() for n in _WEIGHT_STATE}
-    for name, tensor in (
-        (key, latent),
-        (f"{module}weight_quantizer.clip", part["clip"]),
-        (f"{module}weight_quantizer.gain", part["gain"]),
-    ):
-        num_bad = int((~tensor.isfinite()).sum())
-        if num_bad:
-            raise LayeringError(
-                f"{name} has {num_bad} values that are NaN or infinite; go back to a checkpoint "
-                "from before the training diverged."
-            )
+    _check_finite(key, latent)
+    part = _part(state, f"{module}weight_quantizer.", _WEIGHT_STATE)
     pinned = int(part["pinned"])
-    own = tuple(sorted({max(b, pinned) for b in part["model_bit_widths"].tolist()}))
     record = LayeredWeight(
         shape=tuple(latent.shape),
         group_size=int(part["group_size"]) or None,
         pinned=pinned or None,
     )
-    return _Weight(record, own, latent, scale_of(part["clip"]), part["gain"].float())
-
-
-_WEIGHT_STATE = ("clip", "gain", "model_bit_widths", "pinned", "group_size")
+    return _Weight(
+        record, _own_bit_widths(part), latent, scale_of(part["clip"]), part["gain"].float()
+    )
 
 
 def _restored(state: Mapping[str, Tensor], prefix: str, owner: str) -> ActivationQuantizer:
     """The activation quantizer whose state stands under ``prefix``."""
-    part = {k.removeprefix(prefix): t.cpu() for k, t in state.items() if k.startswith(prefix)}
+    part = _part(state, prefix, _ACTIVATION_STATE)
     pinned = int(part["pinned"])
     bit_widths = part["model_bit_widths"].tolist()
-    own = sorted({max(b, pinned) for b in bit_widths})
-    widths = dict(zip(own, part["widths"].tolist(), strict=True))
+    widths = dict(zip(_own_bit_widths(part), part["widths"].tolist(), strict=True))
     quantizer = ActivationQuantizer(widths, bit_widths, pinned=pinned)
     quantizer.load_state_dict(part)
     if quantizer.kind == "unset":
@@ -268,22 +258,52 @@ def _restored(state: Mapping[str, Tensor], prefix: str, owner: str) -> Activatio
     return quantizer
 
 
+def _part(state: Mapping[str, Tensor], prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
+    """What stands under ``prefix``, on the CPU."""
+    for name in names:
+        if prefix + name not in state:
+            raise LayeringError(
+                f"the state dict has no {prefix}{name}, which a prepared model has; "
+                "pack a whole state dict."
+            )
+        _check_finite(prefix + name, state[prefix + name])
+    return {name: state[prefix + name].detach().cpu() for name in names}
+
+
+def _own_bit_widths(part: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The bit-widths that a quantizer takes, ascending."""
+    pinned = int(part["pinned"])
+    return tuple(sorted({max(b, pinned) for b in part["model_bit_widths"].tolist()}))
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    num_bad = int((~tensor.isfinite()).sum())
+    if num_bad:
+        raise LayeringError(
+            f"{name} has {num_bad} values that are NaN or infinite; go back to a checkpoint "
+            "from before the training diverged."
+        )
+
+
 def _activation(quantizer: ActivationQuantizer) -> Activation:
     widths = dict(zip(quantizer.own_bit_widths, quantizer.widths.tolist(), strict=True))
     return Activation(kind=quantizer.kind, bit_widths=widths)  # type: ignore[arg-type]
 
 
 def _tensor_data(name: str, tensor: Tensor) -> TensorData:
-    if tensor.dtype not in _NAMES:
+    if tensor.dtype not in _DTYPE_NAMES:
         raise LayeringError(
             f"{name} is {tensor.dtype}, which an artifact cannot store; "
-            f"convert it to one of {listed(_NAMES, most=20)}."
+            f"convert it to one of {listed(_DTYPE_NAMES, most=20)}."
         )
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return TensorData(name, _NAMES[tensor.dtype], tuple(tensor.shape), raw.tobytes())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    raw = flat.view(torch.uint8).numpy()  # the same memory: a large tensor is not copied
+    return TensorData(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), raw)
 
 
-def _checked(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _checked(model: object) -> dict[str, Tensor]:
+    """The state dict of ``model``, or ``model`` if it is one already."""
+    state = model.state_dict() if isinstance(model, nn.Module) else model
     if not isinstance(state, Mapping):
         raise LayeringError(f"a {type(state).__name__} was given; pack a module or a state dict.")
     for key, value in state.items():
@@ -292,8 +312,44 @@ def _checked(state: Mapping[str, Any]) -> dict[str, Tensor]:
                 f"entry {key!r} is a {type(value).__name__}; pack a flat state dict of tensors, "
                 "as model.state_dict() gives it."
             )
+        if value.is_meta or value.layout is not torch.strided:
+            raise LayeringError(
+                f"{key} is on device {value.device} with layout {value.layout}, so it has no plain "
+                "values to store; pack dense tensors on a real device."
+            )
     # What torch.compile puts before every name.
     return {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}
+
+
+def _check_arguments(
+    path: object,
+    name: object,
+    revision: object,
+    license: object,
+    evaluation: object,
+    bit_widths: tuple[int, ...],
+) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise LayeringError(f"path is a {type(path).__name__}; give the file to write.")
+    for what, text in (("name", name), ("license", license)):
+        if text is not None and not isinstance(text, str):
+            raise LayeringError(f"{what} is {text!r}; give a text or None.")
+    if type(revision) is not int or revision < 0:
+        raise LayeringError(f"revision is {revision!r}; give an integer of 0 or more.")
+    if evaluation is None:
+        return
+    if not isinstance(evaluation, Mapping):
+        raise LayeringError(f"evaluation is {evaluation!r}; give metrics by bit-width.")
+    for bit_width, metrics in evaluation.items():
+        if bit_width not in bit_widths:
+            raise BitWidthError(bit_width, stored=bit_widths, where="the model")
+        if not isinstance(metrics, Mapping) or not all(
+            isinstance(text, str) for item in metrics.items() for text in item
+        ):
+            raise LayeringError(
+                f"evaluation[{bit_width}] is {metrics!r}; give decimal strings by metric, such as "
+                "{'accuracy': '0.981'}."
+            )
 
 
 def _is(key: str, ending: str) -> bool:

@@ -4,6 +4,7 @@ Two layered weights (a convolution pinned to 8 bits, a linear one in groups), on
 activation, a batch norm with statistics of its own at every bit-width, a bias and a counter.
 """
 
+import itertools
 import json
 import math
 
@@ -26,7 +27,6 @@ WEIGHTS = {
     "conv.weight": LayeredWeight((3, 2, 3, 3), None, 8),
     "fc.weight": LayeredWeight((5, 10), 4, None),
 }
-ACTIVATIONS = {"fc": Activation("offset", {2: 2, 3: 4, 8: 8})}
 EVALUATION = {2: {"top1": "66.1"}, 8: {"top1": "71.25"}}
 IO = {"inputs": [{"name": "image", "shape": [1, 2, 8, 8]}], "labels": ["cat", "dög"]}
 
@@ -86,11 +86,7 @@ def layer_contents(bit_widths=BIT_WIDTHS, seed=0):
 
 def content(bit_widths=BIT_WIDTHS, **changes):
     """Keyword arguments of ``write_artifact``."""
-    own = {
-        "conv.weight": {max(b, 8) for b in bit_widths},
-        "fc.weight": set(bit_widths),
-    }
-    activation = Activation("offset", {b: min(8, b + 1) for b in own["fc.weight"]})
+    activation = Activation("offset", {b: min(8, b + 1) for b in bit_widths})
     return {
         "layers": layer_contents(bit_widths),
         "weights": WEIGHTS,
@@ -118,7 +114,7 @@ def big_content(shape=(512, 1024), bit_widths=(2, 3)):
         TensorData("w.scale", **float32(np.ones(shape[0]))),
     ]
     layers = [LayerContent(bit_widths[0], tensors)]
-    for low, high in zip(bit_widths, bit_widths[1:], strict=False):
+    for low, high in itertools.pairwise(bit_widths):
         rows = planes[low:high]
         layers.append(LayerContent(high, [TensorData("w.q", "U8", rows.shape, rows.tobytes())]))
     return {

@@ -2,7 +2,7 @@
 
     write_artifact(path, layers=..., weights=..., ...)      numbers to bytes
     ArtifactReader(path).read_layer(0)                      bytes to numbers, verified
-    receipt(source)                                         what every bit-width costs
+    inspect(path)                                           what every bit-width costs
 
 Needs numpy only; ``docs/format.md`` is the format in words.
 """
@@ -18,8 +18,8 @@ from plyweight.artifact.names import (
     step_name,
     zero_point_name,
 )
-from plyweight.artifact.reader import ArtifactReader
-from plyweight.artifact.receipts import LayerReceipt, Receipt, receipt
+from plyweight.artifact.reader import ArtifactReader, verify
+from plyweight.artifact.receipt import LayerReceipt, Receipt, inspect
 from plyweight.artifact.records import (
     ITEM_BYTES,
     Activation,
@@ -58,12 +58,13 @@ __all__ = [
     "choose_alignment",
     "gain_name",
     "header_bytes",
+    "inspect",
     "open_source",
     "planes_name",
     "publish_atomically",
-    "receipt",
     "scale_name",
     "step_name",
+    "verify",
     "write_artifact",
     "zero_point_name",
 ]

@@ -58,7 +58,7 @@ _WIDTHS = {str(width): width for width in range(1, MAX_BIT_WIDTH + 1)}
 def parse_tensor(name: str, value: object) -> TensorEntry:
     """One entry of the tensor table."""
     check_name(name, "a tensor name")
-    what = f"tensor {shown(name)}"
+    what = f"tensor {name!r}"
     fields = check_keys(value, what, ("dtype", "shape", "data_offsets"))
     dtype = fields["dtype"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:

@@ -23,7 +23,7 @@ from plyweight.errors import (
     listed,
 )
 
-__all__ = ["ArtifactReader"]
+__all__ = ["ArtifactReader", "verify"]
 
 
 class ArtifactReader:
@@ -122,6 +122,16 @@ class ArtifactReader:
             for name, place in places
             if place.start < byte_range.stop and byte_range.start < place.stop
         ]
+
+
+def verify(path_or_source: str | os.PathLike[str] | Source) -> tuple[Layer, ...]:
+    """Read and check every layer that is held; those that were checked.
+
+    Raises:
+        SourceError: If it cannot be opened or read.
+        ArtifactError: If a byte is wrong.
+    """
+    return ArtifactReader(path_or_source).verify()
 
 
 def _read_header(source: Source) -> Header:

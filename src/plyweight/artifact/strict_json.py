@@ -27,9 +27,10 @@ MAX_DEPTH = 6
 MAX_INTEGER = 2**53  # what every JSON implementation represents exactly
 AGAIN = "fetch or pack the file again"
 
-# A string, whole or cut off by the end; possessive, so that hostile input costs linear time.
-_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-_BRACKET = re.compile(r"[\[\]{}]")
+# Strings, whole or cut off by the end, and whatever else is no bracket; possessive, so that
+# hostile input costs linear time.
+_NO_BRACKETS = re.compile(r'(?:"(?:[^"\\]++|\\.)*+"?|[^"\[\]{}]++)++', re.DOTALL)
+_INNERMOST = re.compile(r"(?:\[\]|\{\})++")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -103,11 +104,14 @@ def check_keys(
 
 
 def _check_depth(text: str, where: str) -> None:
-    depth = 0
-    for bracket in _BRACKET.finditer(_STRING.sub("", text)):
-        depth += 1 if bracket.group() in "[{" else -1
-        if depth > MAX_DEPTH:
-            raise header_error(f"{where} nests deeper than {MAX_DEPTH}", "no header needs to")
+    """Every pass takes the innermost brackets off; nothing may be left after ``MAX_DEPTH``."""
+    brackets = _NO_BRACKETS.sub("", text)
+    for _ in range(MAX_DEPTH):
+        brackets = _INNERMOST.sub("", brackets)
+    if brackets:
+        raise header_error(
+            f"{where} nests deeper than {MAX_DEPTH} or leaves brackets open", "no header needs to"
+        )
 
 
 def _check_surrogates(value: Any, where: str) -> None:

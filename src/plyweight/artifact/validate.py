@@ -67,7 +67,7 @@ def _check_tiling(tensors: Sequence[TensorEntry], alignment: Alignment) -> None:
     offset, after_pad = 0, False
     for entry in tensors:
         start, stop = entry.byte_range.start, entry.byte_range.stop
-        what = f"tensor {shown(entry.name)}"
+        what = f"tensor {entry.name!r}"
         if start != offset:
             raise header_error(
                 f"{what} starts at byte {start}", f"the one before it stops at {offset}"

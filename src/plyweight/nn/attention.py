@@ -20,6 +20,8 @@ def why_not_unfused(attention: nn.MultiheadAttention) -> str | None:
     """The reason why ``attention`` stays as it is, or None."""
     if attention.bias_k is not None or attention.add_zero_attn:
         return "attention with add_bias_kv or add_zero_attn is not supported"
+    if "forward" in vars(attention):
+        return "its forward was replaced, and may compute with the weights themselves"
     return None
 
 
@@ -57,11 +59,11 @@ class UnfusedAttention(nn.Module):
         )
         biases = [None] * 3 if bias is None else bias.chunk(3)
         projections = [_linear(w, b) for w, b in zip(weights, biases, strict=True)]
-        out_proj = attention.out_proj
+        out_proj: nn.Module = attention.out_proj
         out_proj.__class__ = nn.Linear  # torch's NonDynamicallyQuantizableLinear, same function
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             delattr(attention, name)
-        attention.in_proj_bias = None  # nn.TransformerEncoderLayer reads it
+        attention.register_parameter("in_proj_bias", None)  # nn.TransformerEncoderLayer reads it
         unfused: nn.Module = attention
         unfused.__class__ = cls
         assert isinstance(unfused, cls)
@@ -87,18 +89,18 @@ class UnfusedAttention(nn.Module):
         if not is_batched:
             query, key, value = query[None], key[None], value[None]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        heads = [
+        q, k, v = (
             self._split(projection(x).movedim(batch_dim, 0))
             for projection, x in (
                 (self.q_proj, query),
                 (self.k_proj, key),
                 (self.v_proj, value),
             )
-        ]
+        )
         mask = self._merged_mask(attn_mask, key_padding_mask, query.dtype)
-        attended, weights = self._attend(*heads, mask, need_weights)
+        attended, weights = self._attend(q, k, v, mask, need_weights)
         # (N, H, L, D) -> (N, L, E)
-        outputs = self.out_proj(attended.transpose(1, 2).flatten(start_dim=2))
+        outputs: Tensor = self.out_proj(attended.transpose(1, 2).flatten(start_dim=2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not is_batched:
@@ -107,7 +109,7 @@ class UnfusedAttention(nn.Module):
 
     def _split(self, projected: Tensor) -> Tensor:
         """``(N, L, E)`` to ``(N, H, L, D)``."""
-        return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return torch.unflatten(projected, -1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool

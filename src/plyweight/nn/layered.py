@@ -63,11 +63,16 @@ class LayeredModule(nn.Module):
         assert weight is not None
         return weight
 
-    @property
-    def weight(self) -> Tensor:
+    def _weight(self) -> Tensor:
         """The weight at the current bit-width, in the latent weight's shape and dtype."""
-        values: Tensor = self.weight_quantizer(self.latent_weight)
+        try:
+            values: Tensor = self.weight_quantizer(self.latent_weight)
+        except AttributeError as error:
+            # Let through, nn.Module would answer with the parameter of that name: the latent one.
+            raise RuntimeError(f"the weight cannot be quantized: {error}") from error
         return values
+
+    weight: Tensor = property(_weight)  # type: ignore[assignment]  # torch declares an attribute
 
 
 class LayeredLinear(LayeredModule, QuantizedLinear):
@@ -95,7 +100,10 @@ class LayeredEmbedding(LayeredModule, nn.Embedding):
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
         )
-        return torch.unflatten(self.weight_quantizer(rows, flat), 0, ids.shape)
+        values: Tensor = self.weight_quantizer(rows, flat)
+        if self.padding_idx is not None:  # never trained, so its scale is not either
+            values = torch.where((flat == self.padding_idx)[:, None], values.detach(), values)
+        return values.reshape(*ids.shape, self.embedding_dim)
 
 
 def transpose_to_linear(module: Any, weight: nn.Parameter) -> nn.Linear:

@@ -43,7 +43,7 @@ class _SwitchableBatchNorm(Switchable, nn.modules.batchnorm._BatchNorm):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Normalize ``(batch, features, ...)`` with what belongs to the current bit-width."""
-        self._check_input_dim(inputs)
+        self._check_input_dim(inputs)  # type: ignore[no-untyped-call]
         weight = None if self.weight is None else self.row_of(self.weight)
         bias = None if self.bias is None else self.row_of(self.bias)
         if self.running_mean is None or self.running_var is None:
@@ -84,7 +84,8 @@ class _SwitchableBatchNorm(Switchable, nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        return f"{super().extra_repr()}, bit_widths={self.available_bit_widths}"
+        of_float: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{of_float}, bit_widths={self.available_bit_widths}"
 
 
 class SwitchableBatchNorm1d(_SwitchableBatchNorm, nn.BatchNorm1d):

@@ -75,7 +75,7 @@ class PackedWeight(Switchable):
 
     def release(self, layer: int) -> None:
         """Give back layer number ``layer``, the last one held: its planes and its gain."""
-        assert layer == self.num_held - 1 and layer > 0
+        assert 0 < layer == self.num_held - 1
         delattr(self, f"planes_{layer}")
         own, before = (self._own(self._all_bit_widths[i]) for i in (layer, layer - 1))
         if own != before and f"gain_{own}" in self._buffers:
@@ -132,11 +132,12 @@ class PackedModule(nn.Module):
         module.input_quantizer = input_quantizer or nn.Identity()
         return module
 
-    @property
-    def weight(self) -> Tensor:
+    def _weight(self) -> Tensor:
         """The weight at the current bit-width, decoded anew at each access."""
         values: Tensor = self.packed_weight()
         return values
+
+    weight: Tensor = property(_weight)  # type: ignore[assignment]  # torch declares an attribute
 
 
 class PackedLinear(PackedModule, QuantizedLinear):

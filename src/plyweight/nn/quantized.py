@@ -30,7 +30,9 @@ class QuantizedConv1d(nn.Conv1d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The convolution, both operands on their grids."""
-        return self._conv_forward(self.input_quantizer(inputs), self.weight, self.bias)
+        inputs = self.input_quantizer(inputs)
+        outputs: Tensor = self._conv_forward(inputs, self.weight, self.bias)
+        return outputs
 
 
 class QuantizedConv2d(nn.Conv2d):
@@ -40,4 +42,6 @@ class QuantizedConv2d(nn.Conv2d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The convolution, both operands on their grids."""
-        return self._conv_forward(self.input_quantizer(inputs), self.weight, self.bias)
+        inputs = self.input_quantizer(inputs)
+        outputs: Tensor = self._conv_forward(inputs, self.weight, self.bias)
+        return outputs

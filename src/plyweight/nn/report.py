@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from plyweight.nn.bit_width import bit_widths_of
 from plyweight.nn.layered import LayeredModule
+from plyweight.nn.norm import SwitchableBatchNorm1d, SwitchableBatchNorm2d
+from plyweight.quantizers import ActivationQuantizer, WeightQuantizer
 
 __all__ = ["KeptModule", "Report", "report"]
 
@@ -29,7 +32,7 @@ class Report:
         layered: names of the layered modules.
         num_layered: weights that are layered, each tied weight once.
         num_parameters: of the whole model before; quantizers are not counted.
-        kept: the modules that stay float.
+        kept: the modules that stay float, each with the parameters not counted before.
     """
 
     bit_widths: tuple[int, ...]
@@ -64,20 +67,28 @@ def report(model: nn.Module) -> Report:
         LayeringError: If ``model`` is not layered.
     """
     bit_widths = bit_widths_of(model)
-    layered, kept, seen = [], [], set()
+    layered: list[str] = []
+    kept: list[KeptModule] = []
+    seen: set[int] = set()
     num_layered = num_parameters = 0
     for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
-        seen.update(map(id, own))
-        if name.endswith(("weight_quantizer", "input_quantizer")):
+        if isinstance(module, (WeightQuantizer, ActivationQuantizer)):
             continue
-        num_own = sum(p.numel() for p in own)
-        if hasattr(module, "model_bit_widths"):  # a switchable batch norm has a row per bit-width
-            num_own //= len(module.model_bit_widths)  # type: ignore[arg-type]
+        all_own = list(module.parameters(recurse=False))
+        own = [p for p in all_own if id(p) not in seen]
+        seen.update(map(id, own))
+        num_own = sum(_size(p) for p in own)
+        if isinstance(module, (SwitchableBatchNorm1d, SwitchableBatchNorm2d)):
+            num_own //= len(module.model_bit_widths)  # it has a row for each
         num_parameters += num_own
         if isinstance(module, LayeredModule):
             layered.append(name)
             num_layered += sum(p.numel() for p in own if p is module.latent_weight)
-        elif num_own and hasattr(module, "kept_float"):
+        elif all_own and hasattr(module, "kept_float"):
             kept.append(KeptModule(name, type(module).__name__, num_own, str(module.kept_float)))
     return Report(bit_widths, tuple(layered), num_layered, num_parameters, tuple(kept))
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """The number of its elements; 0 for that of a lazy module before its first batch."""
+    return 0 if isinstance(parameter, UninitializedParameter) else parameter.numel()

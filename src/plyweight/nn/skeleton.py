@@ -83,12 +83,7 @@ class Skeleton:
             first = self._first.get(name, "")
             if mine.get(first) != shape or taken.setdefault(first, name) != name:
                 artifact_only.append(f"{name} {shape}")
-        wrong = {entry.split(" ")[0] for entry in artifact_only}
-        model_only = [
-            f"{name} {shape}"
-            for name, shape in mine.items()
-            if name not in taken or taken[name] in wrong
-        ]
+        model_only = [f"{name} {shape}" for name, shape in mine.items() if name not in taken]
         if artifact_only or model_only:
             raise ModelMismatchError(artifact_only=artifact_only, model_only=model_only)
 
@@ -109,9 +104,7 @@ class Skeleton:
             ModelMismatchError: If one is floating-point and the other is not.
         """
         old = self.tensor(name)
-        if old.dtype != value.dtype and not (
-            old.is_floating_point() and value.is_floating_point()
-        ):
+        if old.dtype != value.dtype and not (old.is_floating_point() and value.is_floating_point()):
             raise ModelMismatchError(
                 artifact_only=[f"{name} as {value.dtype}"], model_only=[f"{name} as {old.dtype}"]
             )
@@ -119,8 +112,7 @@ class Skeleton:
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=old.requires_grad)
         for slot in self.slots(name):
-            holder = slot.module._parameters if isinstance(old, nn.Parameter) else slot.module._buffers
-            holder[slot.leaf] = value
+            setattr(slot.module, slot.leaf, value)  # recurrent modules note it elsewhere as well
 
     def check_complete(self) -> None:
         """Raise LayeringError if a tensor has no value, which no artifact can give."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from plyweight.codec import MAX_BIT_WIDTH
 from plyweight.errors import LayeringError, listed
@@ -38,6 +39,7 @@ from plyweight.quantizers import (
     WeightQuantizer,
     checked_bit_widths,
 )
+from plyweight.quantizers.activation import activation_widths
 
 __all__ = ["BATCH_NORMS", "LAYERED", "PACKED", "prepare", "unfuse"]
 
@@ -84,7 +86,8 @@ def prepare(
             An integer: that width always. A mapping: from weight bit-width to activation width.
             None: activations stay float.
         group_size: inputs that share a scale; None for one scale per output channel.
-        pinned: ``{name: bit_width}``: this module, or everything in it, never goes below.
+        pinned: ``{name: bit_width}``: this module, or everything in it, never goes below; "" is
+            the model.
         exclude: names of modules that stay float, with everything in them.
 
     Raises:
@@ -94,16 +97,21 @@ def prepare(
     if not isinstance(model, nn.Module):
         raise LayeringError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
     bit_widths = checked_bit_widths(bit_widths)
-    pinned = dict(pinned or {})
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    _check_options(model, group_size, pinned, exclude)
+    pinned = {} if pinned is None else pinned
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        exclude = (exclude,)
+    exclude = tuple(exclude)
+    _check_options(model, bit_widths, activations, group_size, pinned, exclude)
     if any(isinstance(module, Switchable) for module in model.modules()):
         raise LayeringError("the model is layered already; prepare the float model instead.")
     layered = copy.deepcopy(model)
-    for name, module in layered.named_modules():
+    for module in layered.modules():
+        vars(module).pop("kept_float", None)  # what a part of another layered model remembers
+    for name, module in layered.named_modules(remove_duplicate=False):  # by any of its names
         if _covers(exclude, name):
             _keep_float(module, "excluded by the caller")
-    unfuse(layered, lambda name: not _covers(exclude, name))
+    kept = {name for name, module in layered.named_modules() if hasattr(module, "kept_float")}
+    unfuse(layered, lambda name: name not in kept)
     disable_fast_paths(layered)
     chosen = _choose(layered)
     if not chosen:
@@ -111,8 +119,7 @@ def prepare(
             f"nothing in this {type(model).__name__} can be layered: it has no nn.Linear, Conv1d, "
             "Conv2d, Embedding or MultiheadAttention outside of what is excluded."
         )
-    _check_pinned(pinned, [name for name, _ in chosen])
-    floors = _floors(chosen, pinned)
+    floors = _floors(layered, chosen, pinned)
     weight_quantizers: dict[int, WeightQuantizer] = {}  # by parameter: tied weights share theirs
     for name, module in chosen:
         weight: nn.Parameter = module.weight
@@ -186,16 +193,22 @@ def _why_not(module: nn.Module) -> str | None:
     kept: str | None = getattr(module, "kept_float", None)
     if kept:
         return kept
+    weight = module._parameters.get("weight")
+    if isinstance(weight, UninitializedParameter):
+        return "its weight is not initialized yet"
+    if is_parametrized(module):
+        return "its weight is computed by a parametrization"
     if type(module) not in LAYERED:
         known = next((known for known in LAYERED if isinstance(module, known)), None)
         if known:
             return f"a subclass of {known.__name__}, whose forward may differ"
         return "not a kind of module that can be layered"
-    weight = module._parameters.get("weight")
+    if "forward" in vars(module):
+        return "its forward was replaced, and may not use the module's own"
     if weight is None:
-        return "its weight is computed by a hook or parametrization"
-    if isinstance(weight, UninitializedParameter) or weight.numel() == 0:
-        return "its weight is empty or not initialized yet"
+        return "its weight is computed by a hook"
+    if weight.numel() == 0:
+        return "its weight is empty"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
@@ -204,22 +217,38 @@ def _why_not(module: nn.Module) -> str | None:
 
 
 def _keep_float(module: nn.Module, reason: str) -> None:
-    if next(module.parameters(recurse=False), None) is not None:
+    if module._parameters or module._buffers:  # also a batch norm whose are all None
         module.kept_float = reason  # type: ignore[assignment]
 
 
-def _floors(chosen: list[tuple[str, Any]], pinned: Mapping[str, int]) -> dict[int, int]:
-    """The pinned bit-width of every weight, by parameter: the largest among those who share it."""
-    floors: dict[int, int] = {}
-    for name, module in chosen:
-        floor = max((b for outer, b in pinned.items() if _covers((outer,), name)), default=0)
-        floors[id(module.weight)] = max(floor, floors.get(id(module.weight), 0))
+def _floors(
+    model: nn.Module, chosen: list[tuple[str, Any]], pinned: Mapping[str, int]
+) -> dict[int, int]:
+    """The pinned bit-width of every weight, by parameter: the largest among those who share it.
+
+    Raises:
+        LayeringError: If a name in ``pinned`` has no weight of its own or inside.
+    """
+    weights = {module: module.weight for _, module in chosen}
+    floors = {id(weight): 0 for weight in weights.values()}
+    unused = set(pinned)
+    for name, module in model.named_modules(remove_duplicate=False):  # by any of its names
+        for outer in pinned:
+            if module in weights and _covers((outer,), name):
+                key = id(weights[module])
+                floors[key] = max(floors[key], pinned[outer])
+                unused.discard(outer)
+    if unused:
+        raise LayeringError(
+            f"pinned names {min(unused)!r}, but no layered module has that name or is inside of "
+            f"it; there are {listed(name for name, _ in chosen)}."
+        )
     return floors
 
 
 def _covers(names: Iterable[str], name: str) -> bool:
-    """Whether ``name`` is one of ``names`` or inside of one."""
-    return any(name == outer or name.startswith(f"{outer}.") for outer in names)
+    """Whether ``name`` is one of ``names`` or inside of one; "" is the model itself."""
+    return any(outer in ("", name) or name.startswith(f"{outer}.") for outer in names)
 
 
 def _qualified_name(module: nn.Module) -> str:
@@ -227,10 +256,19 @@ def _qualified_name(module: nn.Module) -> str:
 
 
 def _check_options(
-    model: nn.Module, group_size: int | None, pinned: Mapping[str, int], exclude: tuple[str, ...]
+    model: nn.Module,
+    bit_widths: Sequence[int],
+    activations: ActivationWidths | None,
+    group_size: int | None,
+    pinned: Mapping[str, int],
+    exclude: tuple[str, ...],
 ) -> None:
+    if activations is not None and not isinstance(activations, Mapping):
+        activation_widths(activations, bit_widths)
     if group_size is not None and (type(group_size) is not int or group_size < 1):
         raise LayeringError(f"group_size is {group_size!r}; give a positive integer or None.")
+    if not isinstance(pinned, Mapping):
+        raise LayeringError(f"pinned is {pinned!r}; give a mapping such as {{'fc': 8}}.")
     for name, bit_width in pinned.items():
         if type(bit_width) is not int or not 1 <= bit_width <= MAX_BIT_WIDTH:
             raise LayeringError(f"pinned[{name!r}] is {bit_width!r}; give an integer of 1 to 8.")
@@ -239,15 +277,6 @@ def _check_options(
         if name not in names:
             raise LayeringError(
                 f"exclude names {name!r}, but the model's modules are {listed(_inner(names))}."
-            )
-
-
-def _check_pinned(pinned: Mapping[str, int], layered_names: list[str]) -> None:
-    for outer in pinned:
-        if not any(_covers((outer,), name) for name in layered_names):
-            raise LayeringError(
-                f"pinned names {outer!r}, but no layered module has that name or is inside of it; "
-                f"there are {listed(layered_names)}."
             )
 
 

@@ -12,10 +12,12 @@ Sources: Esser et al., "Learned Step Size Quantization" (ICLR 2020), for the gra
 and its start ``2 E|x| / sqrt(2^a - 1)``; Bhalgat et al., "LSQ+" (CVPR Workshops 2020), for the
 offset. The start never reaches past the largest input, which matters from 6 bits up.
 
-The parameter is the clip, ``s * 2^a`` (a power of two, so that a step read from a file gives it
-back exactly): of the same order at every bit-width, which Adam needs.
+The parameter is the clip, ``s * 2^a``, or ``s * 2^(a-1)`` if signed (a power of two, so that a
+step read from a file gives it back exactly): of the same order at every bit-width, which Adam
+needs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -39,7 +41,9 @@ SMALLEST_CLIP = 1e-12
 LOWEST_OFFSET, OFFSET_RATIO = -0.3, 4.0
 
 
-def activation_widths(activations: ActivationWidths, own_bit_widths: Sequence[int]) -> tuple[int, ...]:
+def activation_widths(
+    activations: ActivationWidths, own_bit_widths: Sequence[int]
+) -> tuple[int, ...]:
     """The activation width for each of a module's weight bit-widths.
 
     Raises:
@@ -56,7 +60,7 @@ def activation_widths(activations: ActivationWidths, own_bit_widths: Sequence[in
     elif activations == "match":
         widths = tuple(own_bit_widths)
     else:
-        widths = (activations,) * len(own_bit_widths)  # type: ignore[assignment]
+        widths = (activations,) * len(own_bit_widths)
     if any(type(a) is not int or not 1 <= a <= MAX_BIT_WIDTH for a in widths):
         raise LayeringError(
             f"activations is {activations!r}; give 'match', an integer of 1 to 8, None, or a "
@@ -74,6 +78,8 @@ class ActivationQuantizer(Switchable):
         widths: uint8 ``(own bit-widths,)``, the activation width at each.
         kind_index: uint8 scalar, position in ``KINDS``; 0 until the first batch was seen.
     """
+
+    settings = (*Switchable.settings, "widths")
 
     widths: Tensor
     kind_index: Tensor
@@ -93,10 +99,11 @@ class ActivationQuantizer(Switchable):
         self.register_buffer("widths", torch.tensor(widths, dtype=torch.uint8, device=device))
         self.register_buffer("kind_index", torch.zeros((), dtype=torch.uint8, device=device))
         # Rows: own bit-widths. Columns: divisor of the clip, lowest level, highest level, half.
-        tables = torch.zeros(len(widths), 4, device=device)
+        tables = torch.zeros(len(widths), 4, dtype=torch.float32, device=device)
         self.register_buffer("_tables", tables, persistent=False)
-        self.clip = nn.Parameter(torch.ones(len(widths), device=device))
-        self.offset = nn.Parameter(torch.zeros(len(widths), device=device))
+        zeros = torch.zeros(len(widths), dtype=torch.float32, device=device)
+        self.clip = nn.Parameter(zeros + 1)
+        self.offset = nn.Parameter(zeros)
         self.kind = "unset"
 
     @property
@@ -154,13 +161,20 @@ class ActivationQuantizer(Switchable):
         values = inputs.detach().float()
         lowest, mean = float(values.min()), float(values.abs().mean())
         largest = float(values.abs().max())
-        if lowest >= 0:
+        if not math.isfinite(largest):
+            raise LayeringError(
+                "the first batch has NaN or infinite activations, but activation steps start "
+                "from it; give one that the float model can compute."
+            )
+        if largest == 0:
+            self.set_kind("signed")  # zeros do not say that nothing is ever negative
+        elif lowest >= 0:
             self.set_kind("unsigned")
         elif lowest >= LOWEST_OFFSET and largest >= OFFSET_RATIO * -lowest:
             self.set_kind("offset")
         else:
             self.set_kind("signed")
-        divisor, low, high, half = self._tables.float().unbind(dim=1)
+        divisor, _, high, half = self._tables.float().unbind(dim=1)
         positive_levels = (high + half).clamp_min(1)
         start = 2 * mean / positive_levels.sqrt()
         steps = torch.minimum(start, largest / positive_levels)
@@ -198,17 +212,19 @@ class _FakeQuantize(torch.autograd.Function):
         ratio = inputs.float() / step
         below, above = (ratio - half).round() + half < low, (ratio - half).round() + half > high
         inside = ~(below | above)
+        # All the same: an input below the grid becomes the offset, whatever the step, so what it
+        # says about the step itself and about the bound must cancel.
+        factor = torch.rsqrt(max(inputs.shape[1:].numel(), 1) * high.clamp_min(1))
         for_inputs = for_step = for_low = for_high = None
         if ctx.needs_input_grad[0]:
             for_inputs = (upstream * inside).to(inputs.dtype)
         if ctx.needs_input_grad[1]:
             for_step = (upstream * (_levels(ratio, low, high, half) - ratio * inside)).sum()
-            features = inputs.numel() / inputs.shape[0]
-            for_step = for_step * torch.rsqrt(features * high.clamp_min(1))
+            for_step = for_step * factor
         if ctx.needs_input_grad[2]:
-            for_low = (upstream * below).sum() * step
+            for_low = (upstream * below).sum() * step * factor
         if ctx.needs_input_grad[3]:
-            for_high = (upstream * above).sum() * step
+            for_high = (upstream * above).sum() * step * factor
         return for_inputs, for_step, for_low, for_high, None
 
 

@@ -6,7 +6,7 @@ limit of eight recompilations and fall back to eager.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class Switchable(nn.Module):
     """A module whose computation depends on the bit-width of the model.
 
     Attributes:
+        settings: the buffers that a state dict must agree with, for nothing else is made for them.
         bit_width: the bit-width of the *model* that is chosen now.
         model_bit_widths: those of the model, uint8 ``(num,)``; part of the state dict, so that
             a checkpoint says by itself what it was trained for.
@@ -48,6 +49,8 @@ class Switchable(nn.Module):
         own_bit_widths: those this module takes, ``max(b, pinned)`` for every ``b``, ascending.
         row: int64 scalar, the position of the current one in ``own_bit_widths``.
     """
+
+    settings: ClassVar[tuple[str, ...]] = ("model_bit_widths", "pinned")
 
     bit_width: int
     model_bit_widths: Tensor
@@ -63,7 +66,8 @@ class Switchable(nn.Module):
         as_tensor = torch.tensor(widths, dtype=torch.uint8, device=device)
         self.register_buffer("model_bit_widths", as_tensor)
         self.register_buffer("pinned", torch.tensor(pinned, dtype=torch.uint8, device=device))
-        self.register_buffer("row", torch.zeros((), dtype=torch.long, device=device), persistent=False)
+        row = torch.zeros((), dtype=torch.long, device=device)
+        self.register_buffer("row", row, persistent=False)
         self.own_bit_widths = tuple(sorted({max(b, pinned) for b in widths}))
         self._rows = {b: self.own_bit_widths.index(max(b, pinned)) for b in widths}
         self.switch(widths[-1])
@@ -88,7 +92,7 @@ class Switchable(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        for name in ("model_bit_widths", "pinned"):
+        for name in self.settings:
             mine, theirs = getattr(self, name), state_dict.get(prefix + name)
             if isinstance(theirs, Tensor) and theirs.flatten().tolist() != mine.flatten().tolist():
                 raise ModelMismatchError(

@@ -12,7 +12,7 @@ not saturated:
 
     dv/dw     = gain_b                        inside, else 0
     dv/ds     = gain_b * (level - r * inside)       times 1 / sqrt(weights per scale * 2^(b-1))
-    dv/dgain  = s * level                           times 1 / sqrt(weights * 2^(b-1))
+    dv/dgain  = s * level                           times 1 / sqrt(weights per gain * 2^(b-1))
 
 The clip, not the scale, is the parameter: an optimizer with steps of its learning rate (Adam)
 would otherwise change the scale by several times itself. 128 is a power of two, so that a scale
@@ -33,7 +33,7 @@ __all__ = ["WeightQuantizer", "scale_of"]
 # Where the clip starts, in root mean squares of a channel: near the best single clip for Gaussian
 # weights over 8 to 2 bits (docs/method.md).
 INITIAL_CLIP = 2.5
-# The widest bit-width whose gain starts at the least-squares fit; wider ones fit 1 within a percent.
+# The widest bit-width whose gain starts at the least-squares fit; wider ones fit 1 to a percent.
 FITTED_GAIN = 2
 SMALLEST_CLIP = 1e-12  # keeps the scale of an all-zero channel positive
 
@@ -46,6 +46,8 @@ class WeightQuantizer(Switchable):
         gain: parameter, float32 ``(own bit-widths,)``, or ``(own bit-widths, *clip.shape)``.
         group_size: int64 scalar, inputs that share a scale; 0 for one scale per output channel.
     """
+
+    settings = (*Switchable.settings, "group_size")
 
     own_widths: Tensor
     group_size: Tensor
@@ -66,7 +68,8 @@ class WeightQuantizer(Switchable):
         self._group_size = group_size
         learn = weight.requires_grad
         self.clip = nn.Parameter(initial_clip(weight, group_size), requires_grad=learn)
-        self.gain = nn.Parameter(torch.ones(len(own), device=weight.device), requires_grad=learn)
+        ones = torch.ones(len(own), dtype=torch.float32, device=weight.device)
+        self.gain = nn.Parameter(ones, requires_grad=learn)
         self.fit_gain(weight)
 
     @property
@@ -87,22 +90,19 @@ class WeightQuantizer(Switchable):
             weight: the latent weight ``(out, in, ...)``, or rows of it.
             rows: int64, which output channels ``weight`` holds, if not all in order.
         """
-        scale = self.scale if rows is None else self.scale[rows]
+        scale, gain = self.scale, self.row_of(self.gain).float()
+        if rows is not None:
+            scale, gain = scale[rows], gain if gain.dim() == 0 else gain[rows]
+        per_scale = weight.shape[1:].numel() / scale.shape[1:].numel()
         values: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
             weight,
             self._spread(scale, weight),
-            self._gain(weight, rows),
+            self._spread(gain, weight) if gain.dim() else gain,
             self.row_of(self.own_widths),
-            self.clip.numel(),
+            per_scale,
+            per_scale if gain.dim() else weight.numel(),
         )
         return values
-
-    def _gain(self, weight: Tensor, rows: Tensor | None) -> Tensor:
-        """float32, a scalar or broadcastable to ``weight``."""
-        gain = self.row_of(self.gain).float()
-        if gain.dim() == 0:
-            return gain
-        return self._spread(gain if rows is None else gain[rows], weight)
 
     @torch.no_grad()
     def fit_gain(self, weight: Tensor) -> None:
@@ -175,10 +175,16 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, scale: Tensor, gain: Tensor, bit_width: Tensor, num_scales: int
+        ctx: Any,
+        weight: Tensor,
+        scale: Tensor,
+        gain: Tensor,
+        bit_width: Tensor,
+        per_scale: float,
+        per_gain: float,
     ) -> Tensor:
         ctx.save_for_backward(weight, scale, gain, bit_width)
-        ctx.num_scales = num_scales
+        ctx.per_scale, ctx.per_gain = per_scale, per_gain  # weights that share one
         codes = codes_at(encode(weight, scale), bit_width)
         values: Tensor = (decode(codes, bit_width).float() * (scale * gain)).to(weight.dtype)
         return values
@@ -186,7 +192,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, *gradients: Any
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         weight, scale, gain, bit_width = ctx.saved_tensors
         upstream = gradients[0].float()
         ratio = weight.float() / scale
@@ -197,10 +203,8 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             level = decode(codes_at(encode(weight, scale), bit_width), bit_width).float()
             positive_levels = torch.exp2(bit_width.float() - 1)
-            per_scale = weight.numel() / ctx.num_scales
             for_scale = (upstream * gain * (level - ratio * inside)).sum_to_size(scale.shape)
-            for_scale = for_scale * torch.rsqrt(per_scale * positive_levels)
+            for_scale = for_scale * torch.rsqrt(ctx.per_scale * positive_levels)
             for_gain = (upstream * level * scale).sum_to_size(gain.shape)
-            per_gain = weight.numel() / gain.numel()
-            for_gain = for_gain * torch.rsqrt(per_gain * positive_levels)
-        return for_weight, for_scale, for_gain, None, None
+            for_gain = for_gain * torch.rsqrt(max(ctx.per_gain, 1) * positive_levels)
+        return for_weight, for_scale, for_gain, None, None, None

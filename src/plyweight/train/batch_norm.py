@@ -5,6 +5,7 @@ thousand training images (through the very augmentation of training) is better.
 """
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def recalibrate(
     """Measure the running statistics of every switchable batch norm at every bit-width.
 
     Only batch norms compute as in training; dropout and the rest are as in evaluation. Each batch
-    is seen by all bit-widths, so the loader is read once. The model's mode is kept.
+    is seen by all bit-widths, so the loader is read once. The model keeps its mode and bit-width,
+    also when the loader fails midway; the statistics are then those of the batches so far.
 
     Args:
         model: a layered model; one without switchable batch norms is left as it is.
@@ -37,8 +39,10 @@ def recalibrate(
         forward: ``forward(batch)`` runs the model on a batch of any other kind.
 
     Raises:
-        LayeringError: If the loader gives no batch, or one of a kind that is not known.
+        LayeringError: If the model has no bit-widths, an argument is wrong, or the loader gives
+            no batch or one of a kind that is not known.
     """
+    _check_arguments(model, loader, num_batches, forward)
     bit_widths = bit_widths_of(model)
     norms = switchable_batch_norms(model)
     if not norms:
@@ -50,27 +54,36 @@ def recalibrate(
     for norm in norms:
         norm.train()
         norm.momentum = None  # a cumulative average over the batches
-    seen = 0
+    is_first = True
     try:
         # Eager, for a cumulative average reads its count in Python.
         with torch.compiler.set_stance("force_eager"):
-            for batch in loader:
-                if num_batches is not None and seen >= num_batches:
-                    break
+            for batch in islice(loader, num_batches):
                 for bit_width in bit_widths:
                     with at_bit_width(model, bit_width):
-                        if seen == 0:
+                        if is_first:
                             for norm in norms:
                                 norm.reset_row()
                         run(batch)
-                seen += 1
+                is_first = False
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
         for module, training in was_training.items():
             module.training = training
-    if seen == 0:
+    if is_first:
         raise LayeringError("the loader gave no batch; recalibrate needs at least one.")
+
+
+def _check_arguments(model: object, loader: object, num_batches: object, forward: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise LayeringError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
+    if not isinstance(loader, Iterable):
+        raise LayeringError(f"loader is a {type(loader).__name__}; give batches to go through.")
+    if num_batches is not None and (type(num_batches) is not int or num_batches < 1):
+        raise LayeringError(f"num_batches is {num_batches!r}; give a positive integer or None.")
+    if forward is not None and not callable(forward):
+        raise LayeringError(f"forward is {forward!r}; give a function of a batch, or None.")
 
 
 def _inputs(batch: Any) -> Any:

@@ -11,15 +11,15 @@ gradients. Sources: the paper's cascade downsampling and multi-objective optimiz
 in-place distillation of Yu and Huang, "Universally Slimmable Networks" (ICCV 2019).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plyweight.errors import BitWidthError, LayeringError
+from plyweight.errors import BitWidthError, LayeringError, listed
 from plyweight.nn.bit_width import at_bit_width, bit_widths_of
 from plyweight.quantizers import ActivationQuantizer
 from plyweight.train.sampling import Sampler, sampler_named
@@ -80,6 +80,12 @@ class JointObjective:
             LayeringError: If the model has no bit-widths or an argument is wrong.
             BitWidthError: If ``weights`` names a bit-width that the model does not have.
         """
+        if not isinstance(model, nn.Module):
+            raise LayeringError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
+        if criterion is not None and not callable(criterion):
+            raise LayeringError(
+                f"criterion is {criterion!r}; give a function of outputs and targets, or None."
+            )
         self.model = model
         self.criterion = criterion
         self.bit_widths = bit_widths_of(model)
@@ -108,24 +114,29 @@ class JointObjective:
         Returns:
             For each bit-width visited, ascending, its loss without the distillation term,
             detached: a scalar tensor.
+
+        Raises:
+            LayeringError: If there is no criterion and no closure, a loss is not a scalar tensor,
+                outputs to distill are not a tensor, or the sampler's choice cannot be trained.
         """
         compute = self._closure(inputs, targets)
+        randomness = _RandomState(self.model)
         self._initialize(compute)
-        sampled = sorted(self.sampler.sample(self.bit_widths), reverse=True)
-        total = sum(self.weights[b] for b in sampled)
+        weights = self._sampled_weights()
         losses: dict[int, Tensor] = {}
-        teacher: Any = None
-        same_randomness = _RandomState(self.model)
-        for bit_width in sampled:  # widest first: it teaches the next narrower
+        teacher: Tensor | None = None
+        for bit_width, weight in weights.items():  # widest first: it teaches the next narrower
+            randomness.restore()  # the same dropout masks at every bit-width
             # The backward pass runs inside: modules under checkpointing run forward again in it.
-            with same_randomness.restored(), at_bit_width(self.model, bit_width):
+            with at_bit_width(self.model, bit_width):
                 loss, outputs = compute()
                 losses[bit_width] = loss.detach()
                 if self.distillation is not None and outputs is not None:
+                    student = _distillable(outputs)
                     if teacher is not None:
-                        loss = loss + self.distillation(outputs, teacher)
-                    teacher = outputs.detach()
-                weighted = self.weights[bit_width] / total * loss
+                        loss = loss + self.distillation(student, teacher)
+                    teacher = student.detach()
+                weighted = weight * loss
                 (weighted if scale_loss is None else scale_loss(weighted)).backward()
         return dict(sorted(losses.items()))
 
@@ -143,13 +154,9 @@ class JointObjective:
 
             def compute_closure() -> tuple[Tensor, Any]:
                 result = inputs()
-                loss, outputs = result if isinstance(result, tuple) else (result, None)
-                if not isinstance(loss, Tensor) or loss.dim() != 0:
-                    raise LayeringError(
-                        f"the closure returned {type(loss).__name__}; it must return the loss, a "
-                        "scalar tensor, or (loss, outputs)."
-                    )
-                return loss, outputs
+                is_pair = isinstance(result, tuple) and len(result) == 2
+                loss, outputs = result if is_pair else (result, None)
+                return _scalar(loss, "the closure", " or (loss, outputs)"), outputs
 
             return compute_closure
         if self.criterion is None or targets is None:
@@ -162,7 +169,7 @@ class JointObjective:
 
         def compute() -> tuple[Tensor, Any]:
             outputs = self.model(inputs)
-            return criterion(outputs, targets), outputs
+            return _scalar(criterion(outputs, targets), "the criterion"), outputs
 
         return compute
 
@@ -170,13 +177,33 @@ class JointObjective:
         """Let activation quantizers see a first batch outside of any compiled graph."""
         if self._initialized:
             return
-        unset = any(
-            isinstance(m, ActivationQuantizer) and m.kind == "unset" for m in self.model.modules()
-        )
-        if unset:
-            with _RandomState(self.model).restored(), torch.no_grad(), _eager():
+        quantizers = [m for m in self.model.modules() if isinstance(m, ActivationQuantizer)]
+        if any(quantizer.kind == "unset" for quantizer in quantizers):
+            # It is no step of training, so running statistics do not count it.
+            own = {id(buffer) for quantizer in quantizers for buffer in quantizer.buffers()}
+            others = [(b, b.clone()) for b in self.model.buffers() if id(b) not in own]
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 compute()
+                for buffer, before in others:
+                    buffer.copy_(before)
         self._initialized = True
+
+    def _sampled_weights(self) -> dict[int, float]:
+        """The bit-widths of this step, widest first, and how much each counts; their sum is 1."""
+        sampled: Sequence[int] = tuple(self.sampler.sample(self.bit_widths))
+        unknown = [b for b in sampled if b not in self.weights]
+        if unknown or not sampled:
+            raise LayeringError(
+                f"the sampler chose {listed(sampled)}; it must choose among "
+                f"{listed(self.bit_widths)}."
+            )
+        total = sum(self.weights[b] for b in set(sampled))
+        if total == 0:
+            raise LayeringError(
+                f"the sampler chose {listed(sampled)}, whose weights are all 0; give those a "
+                "weight, or choose others."
+            )
+        return {b: self.weights[b] / total for b in sorted(set(sampled), reverse=True)}
 
 
 class _RandomState:
@@ -187,28 +214,46 @@ class _RandomState:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Draw the same numbers (dropout masks) at each bit-width."""
+    def restore(self) -> None:
+        """Draw the same numbers again from here on."""
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
-        yield
 
 
-@contextmanager
-def _eager() -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"):
-        yield
+def _scalar(loss: Any, origin: str, alternative: str = "") -> Tensor:
+    """``loss`` if one can differentiate it."""
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        return loss
+    shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+    raise LayeringError(
+        f"{origin} returned a {type(loss).__name__}{shape}; it must return the loss, a scalar "
+        f"tensor{alternative}."
+    )
 
 
-def _normalized(weights: Mapping[int, float] | None, bit_widths: tuple[int, ...]) -> dict[int, float]:
+def _distillable(outputs: Any) -> Tensor:
+    """``outputs`` if a narrower bit-width can learn from them."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    raise LayeringError(
+        f"outputs are a {type(outputs).__name__}, but only a tensor can be distilled; let the "
+        "model or closure return its logits, or give distillation=None."
+    )
+
+
+def _normalized(
+    weights: Mapping[int, float] | None, bit_widths: tuple[int, ...]
+) -> dict[int, float]:
+    """``weights`` for every one of ``bit_widths``, their sum brought to 1."""
+    if weights is not None and not isinstance(weights, Mapping):
+        raise LayeringError(f"weights is {weights!r}; give a mapping such as {{2: 2.0, 8: 1.0}}.")
     chosen = dict.fromkeys(bit_widths, 1.0) if weights is None else dict(weights)
     for bit_width, weight in chosen.items():
         if bit_width not in bit_widths:
             raise BitWidthError(bit_width, stored=bit_widths, where="the model")
-        if not weight >= 0 or weight == float("inf"):
-            raise LayeringError(f"weights[{bit_width}] is {weight}; give a number of 0 or more.")
+        if not isinstance(weight, Real) or not 0 <= weight < float("inf"):
+            raise LayeringError(f"weights[{bit_width}] is {weight!r}; give a number of 0 or more.")
     missing = [b for b in bit_widths if b not in chosen]
     if missing or not sum(chosen.values()) > 0:
         raise LayeringError(

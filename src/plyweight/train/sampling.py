@@ -70,12 +70,12 @@ def sampler_named(sampling: str | Sampler) -> Sampler:
     """The sampler itself, or the one of that name: "all" or "sandwich".
 
     Raises:
-        LayeringError: If there is none of that name.
+        LayeringError: If there is none of that name, or it is no sampler.
     """
-    if not isinstance(sampling, str):
-        return sampling
     if sampling == "all":
         return AllBitWidths()
     if sampling == "sandwich":
         return Sandwich()
+    if not isinstance(sampling, str) and callable(getattr(sampling, "sample", None)):
+        return sampling
     raise LayeringError(f"sampling is {sampling!r}; give 'all', 'sandwich' or a Sampler.")

@@ -3,6 +3,7 @@
 It is derived from the file alone, so a size in a table can be checked by whoever has the file.
 """
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from plyweight.artifact.names import is_pad, roles_of, split_name
 from plyweight.artifact.reader import ArtifactReader
 from plyweight.artifact.source import Source
 
-__all__ = ["LayerReceipt", "Receipt", "receipt"]
+__all__ = ["LayerReceipt", "Receipt", "inspect"]
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,14 @@ class Receipt:
         }
 
 
-def receipt(source: Source) -> Receipt:
-    """The receipt of an artifact; only its header is read.
+def inspect(path_or_source: str | os.PathLike[str] | Source) -> Receipt:
+    """What the artifact at a path consists of; only its header is read.
 
     Raises:
+        SourceError: If it cannot be opened or read.
         ArtifactError: If the header is wrong, or the source does not end where a layer does.
     """
-    reader = ArtifactReader(source)
+    reader = ArtifactReader(path_or_source)
     header = reader.header
     return Receipt(
         artifact_id=header.artifact_id,

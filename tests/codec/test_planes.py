@@ -1,0 +1,88 @@
+"""The first b planes are the b-bit code."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from laws import assert_planes_nest
+
+from plyweight.codec import codes_at, from_planes, plane_bytes, to_planes
+
+torch = pytest.importorskip("torch")
+
+shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=6)
+codes_8bit = hnp.arrays(np.uint8, shapes)
+
+
+@given(codes=codes_8bit)
+def test_the_first_planes_are_the_narrower_code(codes):
+    assert_planes_nest(codes)
+
+
+@given(codes=codes_8bit, bit_width=st.integers(1, 8))
+def test_from_planes_inverts_to_planes_at_every_bit_width(codes, bit_width):
+    held = codes_at(codes, bit_width)
+    planes = to_planes(held, bit_width)
+    assert len(planes) == bit_width
+    assert np.array_equal(from_planes(planes, codes.shape), held)
+
+
+@given(codes=codes_8bit, bit_width=st.integers(1, 8))
+def test_torch_and_numpy_planes_give_the_same_codes(codes, bit_width):
+    planes = to_planes(codes, 8)[:bit_width]
+    rebuilt = from_planes(torch.from_numpy(planes.copy()), codes.shape)
+    assert rebuilt.dtype == torch.uint8
+    assert tuple(rebuilt.shape) == codes.shape
+    assert np.array_equal(rebuilt.numpy(), from_planes(planes, codes.shape))
+
+
+@given(codes=codes_8bit, bit_width=st.integers(1, 7))
+def test_the_bit_dropped_between_two_widths_is_the_next_plane(codes, bit_width):
+    dropped = codes_at(codes, bit_width + 1) & 1
+    plane = to_planes(codes, 8)[bit_width]
+    assert np.array_equal(to_planes(dropped, 1)[0], plane)
+    narrower = codes_at(codes, bit_width)
+    assert np.array_equal(narrower << 1 | dropped, codes_at(codes, bit_width + 1))
+
+
+def test_planes_that_a_human_can_check():
+    # Signs first, the first weight in the lowest bit; nine weights need two bytes.
+    codes = np.array([0b100, 0b011, 0b101, 0, 0, 0, 0, 0, 0b111], np.uint8)
+    assert to_planes(codes, 3).tolist() == [[0b101, 1], [0b010, 1], [0b110, 1]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((), 1), ((0, 3), 0), ((8,), 1), ((9,), 2), ((3, 3, 3), 4)]
+)
+def test_a_plane_has_a_bit_per_weight_in_whole_bytes(shape, size):
+    assert plane_bytes(shape) == size
+
+
+def test_padding_is_zero():
+    planes = to_planes(np.full(9, 255, np.uint8), 8)
+    assert planes[:, 1].tolist() == [1] * 8
+
+
+@pytest.mark.parametrize("num_planes", [0, 9])
+def test_a_code_has_1_to_8_planes(num_planes):
+    planes = np.zeros((num_planes, 1), np.uint8)
+    with pytest.raises(ValueError, match=f"{num_planes} planes were given; a code has 1 to 8"):
+        from_planes(planes, (8,))
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+def test_a_plane_of_the_wrong_length_is_refused(make):
+    planes = [make(np.zeros(2, np.uint8)), make(np.zeros(3, np.uint8))]
+    with pytest.raises(ValueError, match=r"a plane of shape \(3,\); \(3, 4\) needs \(2,\)"):
+        from_planes(planes, (3, 4))
+
+
+def test_a_code_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="a code of 8 does not fit in 3 bits"):
+        to_planes(np.array([1, 8], np.uint8), 3)
+
+
+def test_codes_that_are_not_bytes_are_refused():
+    with pytest.raises(ValueError, match="codes are int64; planes are cut from uint8 codes"):
+        to_planes(np.array([1, 8]), 8)
