@@ -63,7 +63,7 @@ def test_the_version_is_the_installed_one():
 
 
 def test_importing_plyweight_imports_nothing_heavy():
-    heavy = "{'torch', 'numpy', 'jaxtyping', 'typer', 'rich', 'sklearn', 'matplotlib'}"
+    heavy = "{'torch', 'numpy', 'typer', 'rich', 'sklearn', 'matplotlib'}"
     assert run(f"import sys, plyweight; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 

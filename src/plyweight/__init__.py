@@ -10,7 +10,6 @@ Public names are looked up on first use (PEP 562), so that handling bytes never 
 """
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 __all__ = [
@@ -121,8 +120,7 @@ def _home_of(name: str) -> object:
     try:
         return import_module(_HOMES[name])
     except ModuleNotFoundError as error:
-        # jaxtyping comes with torch in [train], and its import stands before torch's.
-        if error.name not in ("torch", "jaxtyping") or find_spec("torch") is not None:
+        if error.name != "torch":
             raise
         raise ImportError(
             f"plyweight.{name} needs PyTorch, which is not installed; "

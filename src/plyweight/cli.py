@@ -236,15 +236,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: set[int]
 
 
 def _size(num_bytes: int) -> str:
-    """``12.3 kB``, in powers of 1000."""
-    if num_bytes < 1000:
-        return f"{num_bytes} B"
-    size = float(num_bytes)
-    for unit in ("kB", "MB", "GB"):
-        size /= 1000
-        if size < 999.995:
-            break
-    return f"{size:.2f} {unit}"
+    """``12.30 kB``, in powers of 1000."""
+    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= power:
+            return f"{num_bytes / power:.2f} {unit}"
+    return f"{num_bytes} B"
 
 
 @contextlib.contextmanager

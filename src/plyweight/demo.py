@@ -11,6 +11,7 @@ pixels); nothing is downloaded. The same seed makes the same file, byte for byte
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +61,10 @@ class Progress(Protocol):
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """``done`` of ``total`` epochs of ``what`` are over."""
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """No progress is shown."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ def run_demo(
     *,
     seed: int = 0,
     recipe: Recipe | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress | None = None,
 ) -> DemoResult:
     """Train, pack, load and compare; leaves ``digits.layered.safetensors`` in ``folder``.
 
@@ -166,28 +171,18 @@ def run_demo(
         OutputError: If the file cannot be written.
     """
     recipe = recipe or Recipe()
+    progress = progress or _silent
     digits = Digits.load()
     torch.manual_seed(seed)
     float_net = _train_float(DigitsNet(), digits, recipe, seed, progress)
     path = Path(folder) / "digits.layered.safetensors"
-    model = _train_quantized(
-        float_net, BIT_WIDTHS, digits, recipe, seed, lambda d, t: progress("once-QAT", d, t)
-    )
+    train = partial(_train_quantized, float_net, digits=digits, recipe=recipe, seed=seed)
+    model = train(BIT_WIDTHS, report=partial(progress, "once-QAT"))
     receipt = pack(model, path)
-    dedicated = {
-        b: _accuracy(
-            _train_quantized(
-                float_net,
-                (b,),
-                digits,
-                recipe,
-                seed,
-                lambda d, t, b=b: progress(f"dedicated, {b} bits", d, t),  # type: ignore[misc]
-            ),
-            digits,
-        )
-        for b in BIT_WIDTHS
-    }
+    dedicated = {}
+    for bit_width in BIT_WIDTHS:
+        report = partial(progress, f"dedicated, {bit_width} bit{'s' * (bit_width > 1)}")
+        dedicated[bit_width] = _accuracy(train((bit_width,), report=report), digits)
     rows = _measure(model, path, receipt, dedicated, digits)
     return DemoResult(seed, str(path), _accuracy(float_net, digits), len(digits.test_labels), rows)
 
@@ -258,7 +253,7 @@ def _train_float(
     def backward(images: Tensor, labels: Tensor) -> None:
         F.cross_entropy(net(images), labels).backward()
 
-    report: Callable[[int, int], None] = lambda d, t: progress("float", d, t)  # noqa: E731
+    report = partial(progress, "float")
     _train(net, backward, digits, recipe, recipe.float_epochs, seed, report)
     return net.eval()
 
@@ -266,6 +261,7 @@ def _train_float(
 def _train_quantized(
     float_net: nn.Module,
     bit_widths: tuple[int, ...],
+    *,
     digits: Digits,
     recipe: Recipe,
     seed: int,

@@ -11,7 +11,7 @@
         + RangeError                 a byte range was asked for that the source does not have
       x OutputError                a file cannot be written; nothing half-written is left
       x BitWidthError              a bit-width was asked for that is not there
-      x LayeringError              a module or weight cannot be layered, or an option contradicts the model
+      x LayeringError              a module cannot be layered, or an argument is wrong
       x ModelMismatchError         a model and an artifact do not describe the same network
 
 Every message is one sentence or two: what was asked, what there is, what to do.
