@@ -17,7 +17,7 @@ def assert_planes_nest(codes):
 
 
 def formula_levels(codes, bit_width):
-    """What numerics.md says that ``bit_width``-bit ``codes`` decode to, in plain integers."""
+    """What docs/method.md says that ``bit_width``-bit ``codes`` decode to, in plain integers."""
     dropped = 8 - bit_width
     levels = []
     for code in np.asarray(codes).reshape(-1).tolist():

@@ -167,12 +167,14 @@ def _num_held(header: Header, size: int) -> int:
 def _cut(header: Header, index: int, size: int) -> TruncatedError:
     """What to say about a source that ends inside layer ``index``."""
     layer = header.layers[index]
-    inside = next(e.name for e in header.tensors_of(index) if size < header.file_range(e).stop)
+    tensors = [entry for entry in header.tensors_of(index) if not is_pad(entry.name)]
+    cut = [entry.name for entry in tensors if size < header.file_range(entry).stop]
+    inside = cut[0] if cut else f"the padding after {tensors[-1].name}"
     shorter = (
         f", or keep {layer.byte_range.start} bytes for {header.layers[index - 1].bit_width} bits"
     )
     return TruncatedError(
-        f"it ends at byte {size}, inside layer {index} ({layer.bit_width} bits) at tensor "
+        f"it ends at byte {size}, inside layer {index} ({layer.bit_width} bits) at "
         f"{inside}; fetch it up to byte {layer.byte_range.stop}{shorter if index else ''}."
     )
 

@@ -1,0 +1,421 @@
+import copy
+import gc
+import subprocess
+import sys
+import textwrap
+import weakref
+
+import pytest
+import torch
+from nets import ALL_BIT_WIDTHS, ConvNet, ZooNet, batch, trained
+from torch import nn
+
+from plyweight.artifact import ByteRange, MemorySource, inspect
+from plyweight.errors import (
+    ArtifactError,
+    BitWidthError,
+    DigestError,
+    LayeringError,
+    ModelMismatchError,
+    PlyweightError,
+    SourceError,
+    TruncatedError,
+)
+from plyweight.loading import downgrade, load, upgrade
+from plyweight.nn import at_bit_width, bit_widths_of, set_bit_width
+from plyweight.packing import pack
+from plyweight.train import JointObjective
+
+OPTIONS = {
+    "match": {},
+    "groups and pins": {
+        "group_size": 3,
+        "pinned": {"fc": 8, "conv1": 3},
+        "activations": {b: max(b, 4) for b in ALL_BIT_WIDTHS},
+    },
+    "float activations": {"activations": None},
+}
+ZOO_OPTIONS = {
+    "match": {},
+    "groups and pins": {
+        "group_size": 3,
+        "pinned": {"head": 5, "stem": 8},
+        "activations": {b: max(b, 4) for b in ALL_BIT_WIDTHS},
+    },
+    "float activations": {"activations": None},
+}
+CASES = [(ConvNet, o) for o in OPTIONS.values()] + [(ZooNet, o) for o in ZOO_OPTIONS.values()]
+IDS = [f"{net} {name}" for net in ("ConvNet", "ZooNet") for name in OPTIONS]
+
+
+class Packed:
+    """A trained model, its file, and its logits at every bit-width."""
+
+    def __init__(self, net, options, folder):
+        self.net = net
+        self.model = trained(net(), **options)
+        self.path = folder / "net.layered.safetensors"
+        self.receipt = pack(self.model, self.path)
+        self.data = self.path.read_bytes()
+        self.images = batch()[0]
+        self.logits = {}
+        for bit_width in bit_widths_of(self.model):
+            with torch.no_grad(), at_bit_width(self.model, bit_width):
+                self.logits[bit_width] = self.model(self.images)
+
+    def stop(self, bit_width):
+        return self.receipt.layers[list(self.logits).index(bit_width)].total_bytes
+
+    def assert_equal_at(self, net, bit_width):
+        with torch.no_grad():
+            assert torch.equal(net(self.images), self.logits[bit_width])
+
+
+@pytest.fixture(scope="module", params=CASES, ids=IDS)
+def packed(request, tmp_path_factory):
+    torch.manual_seed(0)
+    return Packed(*request.param, tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture(scope="module")
+def conv(tmp_path_factory):
+    torch.manual_seed(0)
+    return Packed(ConvNet, {}, tmp_path_factory.mktemp("conv"))
+
+
+@pytest.mark.parametrize("form", ["packed", "fake-quantized"])
+def test_loaded_logits_equal_the_trained_ones_at_every_width_that_is_held(packed, form):
+    for bit_width in ALL_BIT_WIDTHS:
+        net = load(MemorySource(packed.data), packed.net(), bit_width=bit_width, form=form)
+        assert bit_widths_of(net) == ALL_BIT_WIDTHS[:bit_width]
+        packed.assert_equal_at(net, bit_width)
+        for narrower in (1, (bit_width + 1) // 2):
+            set_bit_width(net, narrower)
+            packed.assert_equal_at(net, narrower)
+
+
+def test_widths_differ_so_that_equality_says_something(packed):
+    assert len({tuple(logits.flatten().tolist()) for logits in packed.logits.values()}) == 8
+
+
+def test_loading_reads_no_byte_beyond_the_layer_it_needs(packed):
+    for bit_width in ALL_BIT_WIDTHS:
+        source = MemorySource(packed.data)
+        load(source, packed.net(), bit_width=bit_width)
+        assert max(read.stop for read in source.reads) == packed.stop(bit_width)
+
+
+def test_a_file_cut_at_a_layer_loads_at_the_widths_it_holds(packed, tmp_path):
+    for bit_width in (1, 4, 7):
+        cut = tmp_path / "cut"
+        cut.write_bytes(packed.data[: packed.stop(bit_width)])
+        net = load(cut, packed.net())
+        assert net.training is False
+        packed.assert_equal_at(net, bit_width)
+        with pytest.raises(BitWidthError, match=f"{bit_width + 1} bits were asked for"):
+            load(cut, packed.net(), bit_width=bit_width + 1)
+
+
+def test_an_upgrade_reads_only_the_missing_layers(conv):
+    net = load(MemorySource(conv.data), ConvNet(), bit_width=3)
+    source = MemorySource(conv.data)
+    upgrade(net, source, bit_width=5)
+    header = conv.receipt.header_bytes
+    assert source.reads[:2] == [ByteRange(0, 8), ByteRange(8, header)]
+    assert source.reads[2:] == [
+        ByteRange(conv.stop(3), conv.stop(4)),
+        ByteRange(conv.stop(4), conv.stop(5)),
+    ]
+    conv.assert_equal_at(net, 5)
+
+
+def test_up_and_down_any_way_the_logits_are_those_of_the_width(packed):
+    net = load(MemorySource(packed.data), packed.net(), bit_width=2)
+    for target in (5, 1, 8, 3, 4, 2, 8, 7):
+        if target in bit_widths_of(net):
+            downgrade(net, target)
+        else:
+            upgrade(net, MemorySource(packed.data), bit_width=target)
+        assert bit_widths_of(net) == ALL_BIT_WIDTHS[:target]
+        packed.assert_equal_at(net, target)
+
+
+def test_upgrade_without_a_width_takes_all_that_the_source_holds(conv, tmp_path):
+    cut = tmp_path / "cut"
+    cut.write_bytes(conv.data[: conv.stop(6)])
+    net = load(cut, ConvNet(), bit_width=1)
+    upgrade(net, cut)
+    assert bit_widths_of(net) == (1, 2, 3, 4, 5, 6)
+    conv.assert_equal_at(net, 6)
+
+
+class _Buffer(bytearray):
+    """A bytearray that can be watched."""
+
+
+class _WatchedSource(MemorySource):
+    """Keeps weak references to the buffers it handed out."""
+
+    def read(self, byte_range):
+        buffer = _Buffer(super().read(byte_range))
+        self.__dict__.setdefault("buffers", {})[byte_range.start] = weakref.ref(buffer)
+        return buffer
+
+
+def test_a_downgrade_frees_the_buffers_of_the_layers_above(conv):
+    source = _WatchedSource(conv.data)
+    net = load(source, ConvNet())
+    gc.collect()
+    alive = [start for start, buffer in source.buffers.items() if buffer() is not None]
+    assert len(alive) == 8  # one for each layer: planes are views, nothing is copied
+    downgrade(net, 3)
+    gc.collect()
+    alive = [start for start, buffer in source.buffers.items() if buffer() is not None]
+    assert sorted(alive) == [conv.receipt.header_bytes, conv.stop(1), conv.stop(2)]
+    planes = sum(b.numel() for n, b in net.named_buffers() if ".planes_" in n)
+    assert planes == sum(layer.plane_bytes for layer in conv.receipt.layers[:3])
+    assert not any(p.dim() > 1 for p in net.parameters() if p.shape[0] != 8)  # no float weight
+
+
+@pytest.mark.slow
+def test_after_a_downgrade_the_process_is_as_large_as_one_that_never_held_more(tmp_path):
+    # 64 M weights: 64 MB of planes at 8 bits. Resident memory of a fresh process each.
+    script = textwrap.dedent(
+        """
+        import gc, os, sys, torch
+        from torch import nn
+        import plyweight
+        def net():
+            return nn.Sequential(*[nn.Linear(4096, 4096, bias=False) for _ in range(4)])
+        def resident():
+            gc.collect()
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        if sys.argv[1] == "pack":
+            plyweight.pack(plyweight.prepare(net(), (2, 4, 8), activations=None), sys.argv[2])
+        else:
+            with torch.device("meta"):
+                skeleton = net()
+            loaded = plyweight.load(sys.argv[2], skeleton, bit_width=int(sys.argv[3]))
+            held = resident()
+            plyweight.downgrade(loaded, 2)
+            print(held, resident())
+        """
+    )
+
+    def run(*arguments):
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    if not sys.platform.startswith("linux"):
+        pytest.skip("resident memory is read from /proc")
+    path = tmp_path / "net"
+    run("pack", path)
+    at_8, after = map(int, run("load", path, 8).split())
+    at_2, _ = map(int, run("load", path, 2).split())
+    model_bytes = path.stat().st_size
+    assert at_8 - at_2 > 0.7 * model_bytes  # 6 of 8 planes
+    assert abs(after - at_2) < 0.05 * model_bytes
+
+
+def _snapshot(net):
+    return {k: v.clone() for k, v in net.state_dict().items()}, bit_widths_of(net)
+
+
+def test_an_upgrade_that_fails_leaves_the_model_as_it_was(conv, tmp_path):
+    net = load(MemorySource(conv.data), ConvNet(), bit_width=3)
+    before = _snapshot(net)
+    damaged = bytearray(conv.data)
+    damaged[conv.stop(6) - 40] ^= 4  # in the layer of 6 bits, after intact ones
+    with pytest.raises(DigestError, match=r"layer 5 \(6 bits\)"):
+        upgrade(net, MemorySource(bytes(damaged)))
+    with pytest.raises(TruncatedError, match=r"inside layer 4 \(5 bits\) at L4/"):
+        upgrade(net, MemorySource(conv.data[: conv.stop(4) + 100]))
+    with pytest.raises(BitWidthError):
+        upgrade(net, MemorySource(conv.data), bit_width=9)
+    other = tmp_path / "other"
+    pack(trained(ConvNet()), other, name="other")
+    with pytest.raises(ArtifactError, match="is artifact"):
+        upgrade(net, other)
+    after = _snapshot(net)
+    assert after[1] == before[1]
+    assert after[0].keys() == before[0].keys()
+    assert all(torch.equal(after[0][k], before[0][k]) for k in after[0])
+    conv.assert_equal_at(net, 3)
+
+
+def test_what_is_packed_loaded_to_train_and_packed_again_has_the_same_planes(packed, tmp_path):
+    net = load(MemorySource(packed.data), packed.net(), form="fake-quantized")
+    pack(net, tmp_path / "again", name=type(packed.model).__name__)
+    assert (tmp_path / "again").read_bytes() == packed.data
+
+
+def test_training_goes_on_from_the_fake_quantized_form(conv, tmp_path):
+    net = load(MemorySource(conv.data), ConvNet(), bit_width=4, form="fake-quantized").train()
+    images, labels = batch()
+    objective = JointObjective(net, nn.functional.cross_entropy)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    first = objective.backward(images, labels)
+    for _ in range(10):
+        optimizer.step()
+        optimizer.zero_grad()
+        last = objective.backward(images, labels)
+    assert list(last) == [1, 2, 3, 4]
+    assert last[4] < first[4]
+    assert pack(net, tmp_path / "tuned").held == (1, 2, 3, 4)
+
+
+def test_packed_and_fake_quantized_models_do_not_mix_up_their_verbs(conv):
+    net = load(MemorySource(conv.data), ConvNet(), form="fake-quantized")
+    with pytest.raises(LayeringError, match="holds no artifact"):
+        downgrade(net, 2)
+    with pytest.raises(LayeringError, match="holds no artifact"):
+        upgrade(ConvNet(), MemorySource(conv.data))
+    with pytest.raises(LayeringError, match="layered already"):
+        load(MemorySource(conv.data), net)
+    with pytest.raises(LayeringError, match="'packed' or 'fake-quantized'"):
+        load(MemorySource(conv.data), ConvNet(), form="float")
+
+
+def test_a_downgrade_to_what_is_not_held_is_refused(conv):
+    net = load(MemorySource(conv.data), ConvNet(), bit_width=3)
+    for wrong in (4, 0, True, "2", None):
+        with pytest.raises(BitWidthError):
+            downgrade(net, wrong)
+    with pytest.raises(BitWidthError, match="Upgrade the model to it first"):
+        set_bit_width(net, 4)
+    conv.assert_equal_at(net, 3)
+
+
+class _Renamed(ConvNet):
+    def __init__(self):
+        super().__init__()
+        self.classifier = self.fc
+        del self.fc
+
+
+class _Wider(ConvNet):
+    def __init__(self):
+        super().__init__()
+        self.conv2 = nn.Conv2d(6, 9, 3, padding=1)
+
+
+class _Smaller(ConvNet):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(7 * 16, 5, bias=False)
+
+
+class _OtherKind(ConvNet):
+    def __init__(self):
+        super().__init__()
+
+        class MyLinear(nn.Linear):
+            pass
+
+        self.fc = MyLinear(7 * 16, 5)
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (_Renamed, [r"artifact has fc.weight \(5, 112\)", r"model has classifier.weight"]),
+        (_Wider, [r"artifact has conv2.weight \(7, 6, 3, 3\)", r"conv2.weight \(9, 6, 3, 3\)"]),
+        (_Smaller, [r"artifact has fc.bias \(5,\); only the model has nothing"]),
+        (_OtherKind, ["fc.weight as a layered weight", "fc.weight in a MyLinear"]),
+    ],
+)
+def test_a_model_that_does_not_match_is_refused_with_the_names_on_both_sides(conv, net, words):
+    with pytest.raises(ModelMismatchError) as raised:
+        load(MemorySource(conv.data), net())
+    for word in words:
+        assert raised.match(word)
+
+
+def test_ties_must_match(tmp_path):
+    class Untied(ZooNet):
+        def __init__(self):
+            super().__init__()
+            self.head.weight = nn.Parameter(self.head.weight.detach().clone())
+
+    pack(trained(ZooNet()), tmp_path / "tied")
+    pack(trained(Untied()), tmp_path / "untied")
+    with pytest.raises(ModelMismatchError, match=r"only the model has head.weight \(12, 8\)"):
+        load(tmp_path / "tied", Untied())
+    with pytest.raises(ModelMismatchError, match=r"artifact has head.weight \(12, 8\)"):
+        load(tmp_path / "untied", ZooNet())
+
+
+def test_a_model_on_the_meta_device_is_enough(conv):
+    with torch.device("meta"):
+        skeleton = ConvNet()
+    conv.assert_equal_at(load(MemorySource(conv.data), skeleton, bit_width=5), 5)
+
+
+def test_buffers_without_a_value_on_the_meta_device_are_named(tmp_path):
+    pack(trained(ZooNet()), tmp_path / "zoo")
+    with torch.device("meta"):
+        skeleton = ZooNet()
+    with pytest.raises(LayeringError, match="positions is not part of a state dict"):
+        load(tmp_path / "zoo", skeleton)
+
+
+def test_the_model_that_is_given_is_not_changed(conv):
+    net = ConvNet()
+    before = copy.deepcopy(net.state_dict())
+    load(MemorySource(conv.data), net)
+    assert type(net.fc) is nn.Linear
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_a_model_is_loaded_in_the_dtype_of_the_one_that_is_given(conv):
+    for form in ("packed", "fake-quantized"):
+        net = load(MemorySource(conv.data), ConvNet().bfloat16(), form=form)
+        assert net(conv.images.bfloat16()).dtype == torch.bfloat16
+
+
+def test_excluded_modules_stay_float_and_come_back(tmp_path):
+    model = trained(ZooNet(), (2, 4), exclude=("encoder", "bn1d"))
+    path = tmp_path / "zoo"
+    pack(model, path)
+    net = load(path, ZooNet())
+    with torch.no_grad():
+        assert torch.equal(net(batch()[0]), model(batch()[0]))
+
+
+def test_a_loaded_model_can_be_copied_and_its_copy_changes_alone(conv):
+    net = load(MemorySource(conv.data), ConvNet())
+    twin = copy.deepcopy(net)
+    downgrade(twin, 2)
+    assert bit_widths_of(net) == ALL_BIT_WIDTHS
+    conv.assert_equal_at(net, 8)
+    conv.assert_equal_at(twin, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((3, ConvNet()), PlyweightError),
+        ((None, ConvNet()), PlyweightError),
+        (("no such file", ConvNet()), SourceError),
+        (("https://example.org/net", ConvNet()), SourceError),
+    ],
+)
+def test_a_source_of_the_wrong_type_is_one_sentence(arguments, error):
+    with pytest.raises(error):
+        load(*arguments)
+
+
+def test_arguments_of_the_wrong_type_are_one_sentence(conv):
+    with pytest.raises(LayeringError, match=r"give a torch\.nn\.Module"):
+        load(MemorySource(conv.data), {"not": "a model"})
+    for wrong in (9, 0, True, "4", 4.0):
+        with pytest.raises(BitWidthError):
+            load(MemorySource(conv.data), ConvNet(), bit_width=wrong)
+
+
+def test_inspect_tells_what_was_packed(conv):
+    assert inspect(conv.path) == conv.receipt
+    assert conv.receipt.num_weights == sum(
+        p.numel() for n, p in ConvNet().named_parameters() if p.dim() > 1
+    )

@@ -1,0 +1,339 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from plyweight.errors import BitWidthError, LayeringError
+from plyweight.nn import at_bit_width, prepare, set_bit_width
+from plyweight.train import JointObjective, Sandwich, soft_cross_entropy
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+class Net(nn.Module):
+    """No batch norm, so that a batch is the sum of its parts."""
+
+    def __init__(self, checkpointing=None, dropout=0.0):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.hidden = nn.Linear(64, 16)
+        self.head = nn.Linear(16, 3)
+        self.dropout = nn.Dropout(dropout)
+        self.checkpointing = checkpointing
+
+    def middle(self, x):
+        return self.dropout(F.relu(self.hidden(x)))
+
+    def forward(self, x):
+        x = F.relu(self.conv(x)).flatten(start_dim=1)
+        if self.checkpointing is None:
+            x = self.middle(x)
+        else:
+            x = checkpoint(self.middle, x, use_reentrant=self.checkpointing)
+        return self.head(x)
+
+
+def data(size=6):
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(size, 2, 6, 6, generator=generator)
+    return images, torch.randint(0, 3, (size,), generator=generator)
+
+
+def prepared(bit_widths=(2, 4, 8), **options):
+    """A prepared net whose activation steps are set."""
+    torch.manual_seed(5)
+    model = prepare(Net(**options), bit_widths)
+    with torch.no_grad():
+        model(data()[0])
+    return model
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(model, other, scale=1.0, **tolerance):
+    mine, theirs = gradients(model), gradients(other)
+    assert mine.keys() == theirs.keys()
+    assert any(g.abs().sum() > 0 for g in mine.values())
+    for name in mine:
+        torch.testing.assert_close(mine[name], scale * theirs[name], **tolerance, msg=name)
+
+
+def by_hand(model, weights, distillation=None):
+    """The gradients of the weighted sum, written out."""
+    images, labels = data()
+    teacher = None
+    for bit_width in sorted(weights, reverse=True):
+        with at_bit_width(model, bit_width):
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+            if distillation and teacher is not None:
+                loss = loss + distillation(logits, teacher)
+            teacher = logits.detach()
+            (weights[bit_width] * loss).backward()
+
+
+@pytest.mark.parametrize("distillation", [None, soft_cross_entropy])
+def test_gradients_are_the_weighted_sum_over_the_bit_widths(distillation):
+    model, other = prepared(), prepared()
+    objective = JointObjective(
+        model, F.cross_entropy, weights={2: 2, 4: 1, 8: 1}, distillation=distillation
+    )
+    losses = objective.backward(*data())
+    by_hand(other, {2: 0.5, 4: 0.25, 8: 0.25}, distillation)
+    assert_same_gradients(model, other, rtol=0, atol=0)
+    assert list(losses) == [2, 4, 8]
+    for bit_width, loss in losses.items():
+        with torch.no_grad(), at_bit_width(model, bit_width):
+            assert loss == F.cross_entropy(model(data()[0]), data()[1])  # without distillation
+
+
+def test_distillation_is_on_where_the_criterion_is_cross_entropy():
+    model = prepared()
+    assert JointObjective(model, nn.CrossEntropyLoss()).distillation is soft_cross_entropy
+    assert JointObjective(model, F.cross_entropy).distillation is soft_cross_entropy
+    assert JointObjective(model, nn.MSELoss()).distillation is None
+    assert JointObjective(model, nn.CrossEntropyLoss(), distillation=None).distillation is None
+
+
+def test_soft_cross_entropy_is_the_kl_divergence_and_zero_for_equal_logits():
+    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    p, q = teacher.softmax(1), student.softmax(1)
+    expected = (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(soft_cross_entropy(student, teacher), expected)
+    assert soft_cross_entropy(student, student).abs() < 1e-7
+
+
+def test_a_closure_gives_the_same_gradients_as_inputs_and_targets():
+    model, other = prepared(), prepared()
+    images, labels = data()
+    JointObjective(model).backward(lambda: F.cross_entropy(model(images), labels))
+    JointObjective(other, F.cross_entropy, distillation=None).backward(images, labels)
+    assert_same_gradients(model, other, rtol=0, atol=0)
+
+
+def test_a_closure_that_returns_outputs_is_distilled_too():
+    model, other = prepared(), prepared()
+    images, labels = data()
+
+    def closure():
+        logits = model(images)
+        return F.cross_entropy(logits, labels), logits
+
+    JointObjective(model, distillation=soft_cross_entropy).backward(closure)
+    JointObjective(other, F.cross_entropy).backward(images, labels)
+    assert_same_gradients(model, other, rtol=0, atol=0)
+
+
+def test_accumulated_half_batches_equal_the_whole_batch():
+    model, other = prepared(), prepared()
+    images, labels = data()
+    objective = JointObjective(model, F.cross_entropy)
+    for half in (slice(0, 3), slice(3, 6)):
+        objective.backward(images[half], labels[half], scale_loss=lambda loss: loss / 2)
+    JointObjective(other, F.cross_entropy).backward(images, labels)
+    # Two sums of three terms each against one of six: float32 rounding.
+    assert_same_gradients(model, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_grad_scaler_scales_every_width_and_steps_as_usual():
+    model, other = prepared(), prepared()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    JointObjective(model, F.cross_entropy).backward(*data(), scale_loss=scaler.scale)
+    JointObjective(other, F.cross_entropy).backward(*data())
+    assert_same_gradients(model, other, scale=1024.0, rtol=1e-6, atol=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.hidden.latent_weight.clone()
+    scaler.unscale_(optimizer)
+    assert_same_gradients(model, other, rtol=1e-6, atol=0)
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(before, model.hidden.latent_weight)
+
+
+def test_an_ordinary_loop_with_clipping_and_a_schedule_learns_every_width():
+    model = prepared(WIDTHS)
+    images, labels = data()
+    objective = JointObjective(model, F.cross_entropy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
+    first = objective.backward(images, labels)
+    for _ in range(30):
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        last = objective.backward(images, labels)
+    assert all(last[b] < 0.8 * first[b] for b in WIDTHS)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_modules_run_again_at_the_width_of_their_gradient(use_reentrant):
+    # The model is left at 8 bits: a recompute outside of its width would give other gradients.
+    model, other = prepared(checkpointing=use_reentrant, dropout=0.3), prepared(dropout=0.3)
+    for net in (model, other):
+        torch.manual_seed(11)
+        JointObjective(net, F.cross_entropy).backward(*data())
+    assert_same_gradients(model, other, rtol=0, atol=0)
+
+
+def test_dropout_draws_the_same_mask_at_each_width_and_a_new_one_in_the_next_step():
+    model = prepared(WIDTHS, dropout=0.5)
+    masks = []
+    model.dropout.register_forward_hook(lambda m, i, o: masks.append((o == 0) & (i[0] != 0)))
+    objective = JointObjective(model, F.cross_entropy)
+    ones = torch.ones(6, 2, 6, 6)
+    with torch.no_grad():
+        model.hidden.bias.fill_(10.0)  # everything is positive, so zeros are dropout's
+    for _ in range(2):
+        objective.backward(ones, data()[1])
+    assert len(masks) == 16
+    assert all(torch.equal(masks[0], m) for m in masks[:8])
+    assert all(torch.equal(masks[8], m) for m in masks[8:])
+    assert not torch.equal(masks[0], masks[8])
+
+
+def test_a_step_keeps_the_memory_of_one_width_at_a_time():
+    def peak(bit_widths):
+        model = prepared(bit_widths)
+        alive, highest = 0, 0
+
+        class Held:
+            def __init__(self, tensor):
+                nonlocal alive, highest
+                self.tensor = tensor
+                alive += tensor.numel() * tensor.element_size()
+                highest = max(highest, alive)
+
+            def __del__(self):
+                nonlocal alive
+                alive -= self.tensor.numel() * self.tensor.element_size()
+
+        objective = JointObjective(model, F.cross_entropy)
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+            objective.backward(*data(64))
+        return highest
+
+    # The rest: tables with a row for each width, the teacher's logits.
+    assert peak(WIDTHS) <= 1.1 * peak((8,))
+
+
+def test_the_model_goes_back_to_its_width_also_when_the_step_fails():
+    model = prepared()
+    set_bit_width(model, 4)
+
+    def fail(outputs, targets):
+        if model.hidden.weight_quantizer.bit_width == 2:
+            raise RuntimeError("broken")
+        return outputs.sum()
+
+    with pytest.raises(RuntimeError, match="broken"):
+        JointObjective(model, fail).backward(*data())
+    assert {m.bit_width for m in model.modules() if hasattr(m, "bit_width")} == {4}
+
+
+def test_the_sandwich_visits_the_ends_and_one_between_and_resumes():
+    model = prepared(WIDTHS)
+    objective = JointObjective(model, F.cross_entropy, sampling=Sandwich(2, seed=1))
+    visited = [tuple(objective.backward(*data())) for _ in range(5)]
+    assert all({1, 8} < set(v) and len(v) == 4 for v in visited)
+    assert len(set(visited)) > 1
+    state = objective.state_dict()
+    going_on = [tuple(objective.backward(*data())) for _ in range(5)]
+    resumed = JointObjective(model, F.cross_entropy, sampling=Sandwich(2, seed=99))
+    resumed.load_state_dict(state)
+    assert [tuple(resumed.backward(*data())) for _ in range(5)] == going_on
+
+
+def test_weights_of_the_widths_sampled_are_brought_back_to_one():
+    class Only2And8:
+        def sample(self, bit_widths):
+            return (2, 8)
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    model, other = prepared(), prepared()
+    JointObjective(model, F.cross_entropy, sampling=Only2And8(), distillation=None).backward(
+        *data()
+    )
+    by_hand(other, {2: 0.5, 8: 0.5})
+    assert_same_gradients(model, other, rtol=1e-6, atol=0)
+
+
+def test_bf16_autocast_trains_with_codes_in_float32():
+    model = prepared()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = JointObjective(model, F.cross_entropy).backward(*data())
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(model).values())
+
+
+def test_the_first_batch_sets_the_activation_steps_before_anything_is_differentiated():
+    torch.manual_seed(5)
+    model, other = prepare(Net(), (2, 4, 8)), prepared()
+    JointObjective(model, F.cross_entropy).backward(*data())
+    JointObjective(other, F.cross_entropy).backward(*data())
+    assert_same_gradients(model, other, rtol=0, atol=0)
+
+
+def test_a_compiled_model_trains_at_eight_widths_in_one_graph():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model, other = prepared(WIDTHS), prepared(WIDTHS)
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    objective = JointObjective(compiled, F.cross_entropy)
+    for _ in range(2):
+        objective.backward(*data())
+    for _ in range(2):
+        JointObjective(other, F.cross_entropy).backward(*data())
+    torch._dynamo.reset()
+    assert len(graphs) == 1
+    assert_same_gradients(model, other, rtol=1e-5, atol=1e-7)  # sums in another order
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_inductor_trains_at_eight_widths_like_eager():
+    torch._dynamo.reset()
+    model, other = prepared(WIDTHS), prepared(WIDTHS)
+    JointObjective(torch.compile(model, fullgraph=True), F.cross_entropy).backward(*data())
+    JointObjective(other, F.cross_entropy).backward(*data())
+    torch._dynamo.reset()
+    assert_same_gradients(model, other, rtol=1e-4, atol=1e-6)  # fused sums in another order
+
+
+def test_wrong_arguments_are_one_sentence():
+    model = prepared()
+    objective = JointObjective(model, F.cross_entropy)
+    with pytest.raises(LayeringError, match="backward needs targets"):
+        objective.backward(data()[0])
+    with pytest.raises(LayeringError, match="backward needs a criterion"):
+        JointObjective(model).backward(*data())
+    with pytest.raises(LayeringError, match="must return the loss"):
+        JointObjective(model).backward(lambda: "loss")
+    with pytest.raises(LayeringError, match="must return the loss"):
+        JointObjective(model).backward(lambda: torch.ones(3))
+    with pytest.raises(BitWidthError, match="3 bits were asked for"):
+        JointObjective(model, F.cross_entropy, weights={2: 1, 3: 1, 8: 1})
+    for weights in ({2: 1, 8: 1}, {2: 0, 4: 0, 8: 0}, {2: -1, 4: 1, 8: 1}, {2: float("nan")}):
+        with pytest.raises(LayeringError, match="weights"):
+            JointObjective(model, F.cross_entropy, weights=weights)
+    with pytest.raises(LayeringError, match="'all', 'sandwich'"):
+        JointObjective(model, F.cross_entropy, sampling="some")
+    with pytest.raises(LayeringError, match="'auto', None or a function"):
+        JointObjective(model, F.cross_entropy, distillation="yes")
+    with pytest.raises(LayeringError, match="has no bit-widths"):
+        JointObjective(Net(), F.cross_entropy)
+    with pytest.raises(LayeringError, match="num_random"):
+        Sandwich(-1)
