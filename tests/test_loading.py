@@ -10,19 +10,19 @@ import torch
 from nets import ALL_BIT_WIDTHS, ConvNet, ZooNet, batch, trained
 from torch import nn
 
-from plyweight.artifact import ByteRange, MemorySource, inspect
+from plyweight.artifact import ArtifactReader, ByteRange, MemorySource, inspect
 from plyweight.errors import (
     ArtifactError,
     BitWidthError,
     DigestError,
     LayeringError,
     ModelMismatchError,
-    PlyweightError,
     SourceError,
     TruncatedError,
 )
 from plyweight.loading import downgrade, load, upgrade
-from plyweight.nn import at_bit_width, bit_widths_of, set_bit_width
+from plyweight.nn import at_bit_width, bit_widths_of, prepare, set_bit_width
+from plyweight.nn.packed import PackedWeight
 from plyweight.packing import pack
 from plyweight.train import JointObjective
 
@@ -244,10 +244,79 @@ def test_an_upgrade_that_fails_leaves_the_model_as_it_was(conv, tmp_path):
     conv.assert_equal_at(net, 3)
 
 
+def test_an_upgrade_that_is_interrupted_leaves_the_model_as_it_was(conv, monkeypatch):
+    net = load(MemorySource(conv.data), ConvNet(), bit_width=3)
+    before, kept = _snapshot(net)
+    hold, calls = PackedWeight.hold, []
+
+    def interrupted(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 5:  # three weights: in the middle of the second layer
+            raise KeyboardInterrupt
+        hold(self, *arguments)
+
+    monkeypatch.setattr(PackedWeight, "hold", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        upgrade(net, MemorySource(conv.data))
+    after, still_kept = _snapshot(net)
+    assert still_kept == kept
+    assert after.keys() == before.keys()
+    conv.assert_equal_at(net, 3)
+    monkeypatch.undo()
+    upgrade(net, MemorySource(conv.data), bit_width=6)
+    conv.assert_equal_at(net, 6)
+
+
+def test_a_loaded_model_goes_up_and_down_while_it_is_compiled(conv):
+    torch._dynamo.reset()
+    net = torch.compile(load(MemorySource(conv.data), ConvNet(), bit_width=2), backend="eager")
+    conv.assert_equal_at(net, 2)
+    upgrade(net, MemorySource(conv.data), bit_width=4)
+    conv.assert_equal_at(net, 4)
+    downgrade(net, 1)
+    conv.assert_equal_at(net, 1)
+    torch._dynamo.reset()
+
+
+def test_recurrent_modules_stay_float_and_come_back(tmp_path):
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(4, 6, num_layers=2, batch_first=True)
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.fc(self.lstm(x)[0])
+
+    model, inputs = prepare(Tagger(), (2, 8)), torch.randn(2, 5, 4)
+    expected = model(inputs)
+    pack(model, tmp_path / "tagger")
+    with torch.device("meta"):
+        skeleton = Tagger()
+    for net in (Tagger(), skeleton):
+        assert torch.equal(load(tmp_path / "tagger", net)(inputs), expected)
+
+
 def test_what_is_packed_loaded_to_train_and_packed_again_has_the_same_planes(packed, tmp_path):
     net = load(MemorySource(packed.data), packed.net(), form="fake-quantized")
     pack(net, tmp_path / "again", name=type(packed.model).__name__)
     assert (tmp_path / "again").read_bytes() == packed.data
+
+
+def test_layers_come_back_unchanged_from_the_fake_quantized_form_at_every_width(packed, tmp_path):
+    stored = ArtifactReader(MemorySource(packed.data))
+    for bit_width in ALL_BIT_WIDTHS:
+        net = load(
+            MemorySource(packed.data), packed.net(), bit_width=bit_width, form="fake-quantized"
+        )
+        pack(net, tmp_path / "again")
+        again = ArtifactReader(tmp_path / "again")
+        assert again.header.bit_widths == ALL_BIT_WIDTHS[:bit_width]
+        for index in range(bit_width):
+            views, expected = again.read_layer(index), stored.read_layer(index)
+            assert {n: bytes(v.data) for n, v in views.items()} == {
+                n: bytes(v.data) for n, v in expected.items()
+            }
 
 
 def test_training_goes_on_from_the_fake_quantized_form(conv, tmp_path):
@@ -395,18 +464,30 @@ def test_a_loaded_model_can_be_copied_and_its_copy_changes_alone(conv):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ((3, ConvNet()), PlyweightError),
-        ((None, ConvNet()), PlyweightError),
         (("no such file", ConvNet()), SourceError),
         (("https://example.org/net", ConvNet()), SourceError),
     ],
 )
-def test_a_source_of_the_wrong_type_is_one_sentence(arguments, error):
+def test_a_source_that_cannot_be_opened_is_refused(arguments, error):
     with pytest.raises(error):
         load(*arguments)
 
 
 def test_arguments_of_the_wrong_type_are_one_sentence(conv):
+    net = load(MemorySource(conv.data), ConvNet())
+    for wrong in (3, None, b"bytes", ConvNet()):
+        with pytest.raises(LayeringError, match="source is a .*; give the path of an artifact"):
+            load(wrong, ConvNet())
+        with pytest.raises(LayeringError, match="source is a .*; give the path of an artifact"):
+            upgrade(net, wrong)
+    for wrong in (3, None, "net"):
+        with pytest.raises(LayeringError, match="holds no artifact"):
+            upgrade(wrong, MemorySource(conv.data))
+        with pytest.raises(LayeringError, match="holds no artifact"):
+            downgrade(wrong, 2)
+    for wrong in (None, 3, ["packed"]):
+        with pytest.raises(LayeringError, match="'packed' or 'fake-quantized'"):
+            load(MemorySource(conv.data), ConvNet(), form=wrong)
     with pytest.raises(LayeringError, match=r"give a torch\.nn\.Module"):
         load(MemorySource(conv.data), {"not": "a model"})
     for wrong in (9, 0, True, "4", 4.0):

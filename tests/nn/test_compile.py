@@ -10,9 +10,6 @@ from torch._dynamo.utils import counters
 
 from plyweight.nn import prepare, set_bit_width
 
-# Dynamo makes an instance of torch.autograd.Function while it traces one, which torch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
 ALL = tuple(range(1, 9))
 
 

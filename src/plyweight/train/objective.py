@@ -182,8 +182,10 @@ class JointObjective:
             # It is no step of training, so running statistics do not count it.
             own = {id(buffer) for quantizer in quantizers for buffer in quantizer.buffers()}
             others = [(b, b.clone()) for b in self.model.buffers() if id(b) not in own]
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            # With gradients, which are dropped: reentrant checkpointing warns where there are none.
+            with torch.compiler.set_stance("force_eager"):
                 compute()
+            with torch.no_grad():
                 for buffer, before in others:
                     buffer.copy_(before)
         self._initialized = True
