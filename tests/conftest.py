@@ -6,6 +6,10 @@ import sys
 import pytest
 from hypothesis import settings
 
+# Before torch is imported: nets of tests are tiny, and two threads that wait for each other on a
+# busy machine take ten times as long as one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # No deadline: a shared machine is slow now and then, and that is no property of the code.
 settings.register_profile("default", deadline=None)
 # In CI the same examples every time; elsewhere new ones, and failures are kept for the next run.

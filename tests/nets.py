@@ -28,7 +28,7 @@ class ConvNet(nn.Module):
 
 
 class ZooNet(nn.Module):
-    """Depthwise, grouped and dilated convolutions, an embedding tied to the head, norms, attention."""
+    """Convolutions of every kind, an embedding tied to the head, norms, attention."""
 
     def __init__(self) -> None:
         super().__init__()

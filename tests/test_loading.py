@@ -1,3 +1,5 @@
+"""A loaded model computes what the trained one did, from just the layers its width needs."""
+
 import copy
 import gc
 import subprocess
@@ -112,6 +114,8 @@ def test_a_file_cut_at_a_layer_loads_at_the_widths_it_holds(packed, tmp_path):
         net = load(cut, packed.net())
         assert net.training is False
         packed.assert_equal_at(net, bit_width)
+        for narrower in ALL_BIT_WIDTHS[: bit_width - 1]:
+            packed.assert_equal_at(load(cut, packed.net(), bit_width=narrower), narrower)
         with pytest.raises(BitWidthError, match=f"{bit_width + 1} bits were asked for"):
             load(cut, packed.net(), bit_width=bit_width + 1)
 
@@ -425,16 +429,26 @@ def test_buffers_without_a_value_on_the_meta_device_are_named(tmp_path):
     pack(trained(ZooNet()), tmp_path / "zoo")
     with torch.device("meta"):
         skeleton = ZooNet()
-    with pytest.raises(LayeringError, match="positions is not part of a state dict"):
+    with pytest.raises(LayeringError, match=r"positions is not part of a state dict"):
         load(tmp_path / "zoo", skeleton)
 
 
 def test_the_model_that_is_given_is_not_changed(conv):
     net = ConvNet()
     before = copy.deepcopy(net.state_dict())
-    load(MemorySource(conv.data), net)
-    assert type(net.fc) is nn.Linear
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    for form in ("packed", "fake-quantized"):
+        load(MemorySource(conv.data), net, form=form)
+        assert type(net.fc) is nn.Linear
+        assert net.training
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_no_weight_of_the_model_that_is_given_is_ever_copied(conv, monkeypatch):
+    def copied(self, memo):
+        raise AssertionError("a parameter was copied")
+
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", copied)
+    load(MemorySource(conv.data), ConvNet())
 
 
 def test_a_model_is_loaded_in_the_dtype_of_the_one_that_is_given(conv):
@@ -476,9 +490,9 @@ def test_a_source_that_cannot_be_opened_is_refused(arguments, error):
 def test_arguments_of_the_wrong_type_are_one_sentence(conv):
     net = load(MemorySource(conv.data), ConvNet())
     for wrong in (3, None, b"bytes", ConvNet()):
-        with pytest.raises(LayeringError, match="source is a .*; give the path of an artifact"):
+        with pytest.raises(LayeringError, match=r"source is a .*; give the path of an artifact"):
             load(wrong, ConvNet())
-        with pytest.raises(LayeringError, match="source is a .*; give the path of an artifact"):
+        with pytest.raises(LayeringError, match=r"source is a .*; give the path of an artifact"):
             upgrade(net, wrong)
     for wrong in (3, None, "net"):
         with pytest.raises(LayeringError, match="holds no artifact"):

@@ -30,6 +30,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help starts faster, and docs/cli.md holds it as it is
 )
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Artifact = Annotated[
     str, typer.Argument(metavar="FILE", help="An artifact, whole or cut at the end of a layer.")
@@ -42,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = app(args=arguments, prog_name="plyweight", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("plyweight: interrupted; nothing half-written is left.", err=True)
-        return 130
+        code = INTERRUPTED
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             # Called wrongly: click's exceptions, of which typer has a private copy.
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             typer.echo(traceback.format_exc(), err=True)
         typer.echo(f"plyweight: {error}", err=True)
         return 1
+    if code == INTERRUPTED:  # which typer returns by itself, without a word
+        typer.echo("plyweight: interrupted; nothing half-written is left.", err=True)
     return code if isinstance(code, int) else 0
 
 

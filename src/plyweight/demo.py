@@ -170,8 +170,19 @@ def run_demo(
     Raises:
         OutputError: If the file cannot be written.
     """
-    recipe = recipe or Recipe()
-    progress = progress or _silent
+    # One thread, so that the file does not depend on how many cores there are; a net this small
+    # is hardly slower, and far faster where others use the cores.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _run(folder, seed, recipe or Recipe(), progress or _silent)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(
+    folder: str | os.PathLike[str], seed: int, recipe: Recipe, progress: Progress
+) -> DemoResult:
     digits = Digits.load()
     torch.manual_seed(seed)
     float_net = _train_float(DigitsNet(), digits, recipe, seed, progress)

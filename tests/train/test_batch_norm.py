@@ -1,9 +1,11 @@
+"""Recalibrated statistics are plain means over the batches, one set for each bit-width."""
+
 import pytest
 import torch
 from torch import nn
 
 from plyweight.errors import LayeringError
-from plyweight.nn import at_bit_width, prepare
+from plyweight.nn import at_bit_width, prepare, set_bit_width
 from plyweight.train import recalibrate
 
 
@@ -59,7 +61,7 @@ def test_dropout_is_off_and_modes_and_momenta_are_kept():
     handle = model[3].register_forward_hook(lambda m, i, o: seen.append(torch.equal(i[0], o)))
     recalibrate(model, BATCHES)
     handle.remove()
-    assert all(seen) and len(seen) == 9
+    assert seen == [True] * 9
     assert model[1].momentum == 0.25
     assert [m.training for m in model] == [True, True, True, False, True]
 
@@ -70,9 +72,12 @@ def test_modes_are_kept_when_the_loader_fails():
         raise OSError("disk")
 
     model = prepared()
+    set_bit_width(model, 2)
     with pytest.raises(OSError, match="disk"):
         recalibrate(model, broken())
-    assert model.training and model[1].training and model[1].momentum == 0.1
+    assert all(module.training for module in model.modules())
+    assert model[1].momentum == 0.1
+    assert model[1].bit_width == model[0].weight_quantizer.bit_width == 2
 
 
 def test_batches_of_another_kind_need_a_forward():
@@ -84,10 +89,43 @@ def test_batches_of_another_kind_need_a_forward():
 
 
 def test_a_loader_that_gives_nothing_is_refused():
+    model = prepared()
+    before = model[1].running_mean.clone()
     with pytest.raises(LayeringError, match="gave no batch"):
-        recalibrate(prepared(), [])
+        recalibrate(model, [])
+    assert torch.equal(model[1].running_mean, before)
 
 
 def test_a_model_without_batch_norm_is_left_as_it_is():
     model = prepare(nn.Linear(3, 2), (2, 8))
     recalibrate(model, [])
+
+
+def test_the_loader_may_give_one_more_batch_than_is_asked_for_and_keeps_it():
+    batches = iter(BATCHES)
+    recalibrate(prepared(), batches, num_batches=2)
+    assert next(batches) is BATCHES[2]
+
+
+def test_gradients_are_not_recorded():
+    model = prepared()
+    recalibrate(model, BATCHES)
+    assert all(p.grad is None for p in model.parameters())
+    assert not model[1].running_mean.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model": 3}, "model is a int; give a torch.nn.Module"),
+        ({"model": nn.Linear(2, 2)}, "Linear has no bit-widths"),
+        ({"loader": None}, "loader is a NoneType; give batches"),
+        ({"num_batches": 0}, "num_batches is 0; give a positive integer or None"),
+        ({"num_batches": 1.5}, "num_batches is 1.5"),
+        ({"forward": "model"}, "forward is 'model'; give a function of a batch"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_named(arguments, words):
+    with pytest.raises(LayeringError, match=words):
+        recalibrate(**{"model": prepared(), "loader": BATCHES, **arguments})

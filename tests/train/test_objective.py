@@ -1,7 +1,14 @@
+"""One backward pass per bit-width, and the gradients meet in the latent weights."""
+
+import io
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from plyweight.errors import BitWidthError, LayeringError
@@ -80,6 +87,7 @@ def test_gradients_are_the_weighted_sum_over_the_bit_widths(distillation):
     objective = JointObjective(
         model, F.cross_entropy, weights={2: 2, 4: 1, 8: 1}, distillation=distillation
     )
+    assert objective.weights == {2: 0.5, 4: 0.25, 8: 0.25}
     losses = objective.backward(*data())
     by_hand(other, {2: 0.5, 4: 0.25, 8: 0.25}, distillation)
     assert_same_gradients(model, other, rtol=0, atol=0)
@@ -111,6 +119,24 @@ def test_a_closure_gives_the_same_gradients_as_inputs_and_targets():
     JointObjective(model).backward(lambda: F.cross_entropy(model(images), labels))
     JointObjective(other, F.cross_entropy, distillation=None).backward(images, labels)
     assert_same_gradients(model, other, rtol=0, atol=0)
+
+
+def test_a_model_that_computes_its_own_loss_trains_by_a_closure():
+    class WithLoss(nn.Module):  # as transformers' models do
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, images, labels):
+            logits = self.net(images)
+            return SimpleNamespace(loss=F.cross_entropy(logits, labels), logits=logits)
+
+    images, labels = data()
+    torch.manual_seed(5)
+    model, other = prepare(WithLoss(), (2, 4, 8)), prepared()
+    JointObjective(model).backward(lambda: model(images, labels).loss)
+    JointObjective(other, F.cross_entropy, distillation=None).backward(images, labels)
+    assert_same_gradients(model.net, other, rtol=0, atol=0)
 
 
 def test_a_closure_that_returns_outputs_is_distilled_too():
@@ -239,7 +265,10 @@ def test_the_sandwich_visits_the_ends_and_one_between_and_resumes():
     visited = [tuple(objective.backward(*data())) for _ in range(5)]
     assert all({1, 8} < set(v) and len(v) == 4 for v in visited)
     assert len(set(visited)) > 1
-    state = objective.state_dict()
+    file = io.BytesIO()
+    torch.save(objective.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
     going_on = [tuple(objective.backward(*data())) for _ in range(5)]
     resumed = JointObjective(model, F.cross_entropy, sampling=Sandwich(2, seed=99))
     resumed.load_state_dict(state)
@@ -258,9 +287,11 @@ def test_weights_of_the_widths_sampled_are_brought_back_to_one():
             pass
 
     model, other = prepared(), prepared()
-    JointObjective(model, F.cross_entropy, sampling=Only2And8(), distillation=None).backward(
-        *data()
+    weights = {2: 1, 4: 2, 8: 1}
+    objective = JointObjective(
+        model, F.cross_entropy, weights=weights, sampling=Only2And8(), distillation=None
     )
+    assert list(objective.backward(*data())) == [2, 8]
     by_hand(other, {2: 0.5, 8: 0.5})
     assert_same_gradients(model, other, rtol=1e-6, atol=0)
 
@@ -301,6 +332,48 @@ def test_a_compiled_model_trains_at_eight_widths_in_one_graph():
     assert_same_gradients(model, other, rtol=1e-5, atol=1e-7)  # sums in another order
 
 
+def test_a_fresh_model_trains_and_evaluates_at_eight_widths_without_passing_the_recompile_limit():
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 4))
+    model = prepare(nn.Sequential(*net, nn.Flatten()), WIDTHS)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    objective = JointObjective(compiled, F.cross_entropy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        objective.backward(*data())
+        optimizer.step()
+        optimizer.zero_grad()
+    compiled.eval()
+    with torch.no_grad():
+        for bit_width in WIDTHS:
+            set_bit_width(compiled, bit_width)
+            compiled(data()[0])
+    breaks = dict(counters["graph_break"])
+    torch._dynamo.reset()
+    counters.clear()
+    assert counter.frame_count == 2  # one graph in training, one in evaluation
+    assert not breaks  # the first batch, which sets the grids, was seen in eager mode
+
+
+def test_looking_at_the_first_batch_is_no_step_of_training():
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(72, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model = prepare(net, (2, 4, 8)).train()
+    generator = torch.get_rng_state()
+    JointObjective(model, F.cross_entropy).backward(*data())
+    assert model[2].num_batches_tracked.tolist() == [1, 1, 1]
+    torch.set_rng_state(generator)
+    other = prepare(net, (2, 4, 8)).train()
+    for bit_width in (8, 4, 2):
+        with at_bit_width(other, bit_width):
+            other(data()[0])
+    assert torch.equal(model[2].running_mean, other[2].running_mean)
+    assert torch.equal(model[2].running_var, other[2].running_var)
+
+
 @pytest.mark.slow
 def test_inductor_trains_at_eight_widths_like_eager():
     torch._dynamo.reset()
@@ -335,3 +408,79 @@ def test_wrong_arguments_are_one_sentence():
         JointObjective(Net(), F.cross_entropy)
     with pytest.raises(LayeringError, match="num_random"):
         Sandwich(-1)
+    with pytest.raises(LayeringError, match=r"model is a int; give a torch\.nn\.Module"):
+        JointObjective(3, F.cross_entropy)
+    with pytest.raises(LayeringError, match="criterion is 'mse'; give a function"):
+        JointObjective(model, "mse")
+    with pytest.raises(LayeringError, match="weights is 3; give a mapping"):
+        JointObjective(model, F.cross_entropy, weights=3)
+    with pytest.raises(LayeringError, match=r"weights\[2\] is 'much'; give a number"):
+        JointObjective(model, F.cross_entropy, weights={2: "much", 4: 1, 8: 1})
+    with pytest.raises(LayeringError, match="'all', 'sandwich' or a Sampler"):
+        JointObjective(model, F.cross_entropy, sampling=3)
+
+
+@pytest.mark.parametrize(
+    ("result", "found"),
+    [
+        (None, "a NoneType"),
+        (1.5, "a float"),
+        ((), "a tuple"),
+        ((torch.ones(()),), "a tuple"),
+        ((torch.ones(()), torch.ones(2), torch.ones(2)), "a tuple"),
+        (torch.ones(2, 3), r"a Tensor of shape \(2, 3\)"),
+        ((torch.ones(2), torch.ones(2)), r"a Tensor of shape \(2,\)"),
+    ],
+    ids=str,
+)
+def test_a_closure_that_returns_no_loss_is_told_so(result, found):
+    model = prepared()
+    with pytest.raises(LayeringError, match=f"the closure returned {found}; it must return"):
+        JointObjective(model).backward(lambda: result)
+    assert not gradients(model)
+
+
+def test_a_criterion_that_gives_no_scalar_is_told_so():
+    def per_image(outputs, targets):
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+    with pytest.raises(LayeringError, match=r"the criterion returned a Tensor of shape \(6,\)"):
+        JointObjective(prepared(), per_image).backward(*data())
+
+
+def test_only_a_tensor_can_be_distilled():
+    model = prepared()
+    images, labels = data()
+
+    def closure():
+        logits = model(images)
+        return F.cross_entropy(logits, labels), {"logits": logits}
+
+    with pytest.raises(LayeringError, match="outputs are a dict, but only a tensor"):
+        JointObjective(model, distillation=soft_cross_entropy).backward(closure)
+    assert list(JointObjective(model).backward(closure)) == [2, 4, 8]  # labels only
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ((), "the sampler chose nothing; it must choose among 2, 4, 8"),
+        ((3, 8), "the sampler chose 3, 8; it must choose among 2, 4, 8"),
+        ((2,), "the sampler chose 2, whose weights are all 0"),
+    ],
+)
+def test_a_sampler_that_chooses_wrongly_is_told_so(chosen, words):
+    sampler = SimpleNamespace(sample=lambda bit_widths: chosen)
+    objective = JointObjective(
+        prepared(), F.cross_entropy, weights={2: 0, 4: 1, 8: 1}, sampling=sampler
+    )
+    with pytest.raises(LayeringError, match=words):
+        objective.backward(*data())
+
+
+def test_a_width_is_visited_once_however_often_it_is_chosen():
+    sampler = SimpleNamespace(sample=lambda bit_widths: [8, 2, 2])
+    model, other = prepared(), prepared()
+    JointObjective(model, F.cross_entropy, sampling=sampler).backward(*data())
+    by_hand(other, {2: 0.5, 8: 0.5}, soft_cross_entropy)
+    assert_same_gradients(model, other, rtol=0, atol=0)

@@ -112,7 +112,7 @@ class Skeleton:
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=old.requires_grad)
         for slot in self.slots(name):
-            setattr(slot.module, slot.leaf, value)  # recurrent modules note it elsewhere as well
+            setattr(slot.module, slot.leaf, value)
 
     def check_complete(self) -> None:
         """Raise LayeringError if a tensor has no value, which no artifact can give."""
