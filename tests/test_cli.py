@@ -1,14 +1,20 @@
+import errno
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from matplotlib.image import imread
 from torch import nn
 
 import plyweight
 from plyweight import demo
-from plyweight.cli import main
+from plyweight.artifact import ArtifactReader
+from plyweight.cli import app, main
+
+COMMANDS = [command.callback.__name__ for command in app.registered_commands]
 
 
 @pytest.fixture
@@ -79,7 +85,8 @@ def test_verify_refuses_a_damaged_layer_by_name(capsys, artifact):
 def test_debug_shows_where_an_error_came_from(capsys, tmp_path):
     code, _, err = run(capsys, "--debug", "inspect", tmp_path / "none")
     assert code == 1
-    assert "Traceback" in err
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1].startswith("plyweight: ")
 
 
 def test_what_is_no_artifact_is_one_sentence(capsys, tmp_path):
@@ -96,8 +103,14 @@ def test_pack_makes_the_file_that_the_library_makes(capsys, artifact, tmp_path):
     assert out.endswith("2 layered weights  2, 4, 8 bits\n")
     assert (tmp_path / "a").read_bytes() == artifact.read_bytes()
     run(capsys, "pack", tmp_path / "net.pt", tmp_path / "b", "--revision", 3, "--license", "MIT")
-    header = plyweight.artifact.ArtifactReader(tmp_path / "b").header
-    assert (header.model.name, header.model.revision, header.model.license) == ("net", 3, "MIT")
+    model = ArtifactReader(tmp_path / "b").header.model
+    assert (model.name, model.revision, model.license) == ("net", 3, "MIT")
+
+
+def test_pack_prints_the_receipt_of_the_file_as_json(capsys, artifact, tmp_path):
+    code, out, _ = run(capsys, "pack", tmp_path / "net.pt", tmp_path / "c", "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads(json.dumps(plyweight.inspect(tmp_path / "c").to_json()))
 
 
 class _Code:
@@ -110,30 +123,65 @@ def test_pack_refuses_what_is_no_state_dict_and_leaves_nothing(capsys, artifact,
     torch.save(_Code(), tmp_path / "code.pt")
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "float.pt")
     torch.save({"epoch": 3}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(nn.Linear(3, 2), tmp_path / "module.pt")
+    (tmp_path / "empty.pt").touch()
     target = tmp_path / "out"
     for name, word in (
         ("text.pt", "cannot be loaded as a state dict"),
         ("code.pt", "cannot be loaded as a state dict"),
         ("float.pt", "plyweight.prepare"),
         ("other.pt", "flat state dict"),
+        ("list.pt", "a list was given"),
+        ("module.pt", "torch.save(model.state_dict(), path)"),
+        ("empty.pt", "cannot be loaded as a state dict"),
+        (".", "cannot be loaded as a state dict"),
         ("none.pt", "does not exist"),
     ):
         assert_one_sentence(run(capsys, "pack", tmp_path / name, target), word)
         assert not target.exists()
     missing = tmp_path / "no folder" / "out"
     assert_one_sentence(run(capsys, "pack", tmp_path / "net.pt", missing), "create it first")
+    assert_one_sentence(run(capsys, "pack", tmp_path / "net.pt", tmp_path), "is a folder")
+
+
+def test_a_full_disk_leaves_what_was_there_and_nothing_else(
+    capsys, artifact, tmp_path, monkeypatch
+):
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = run(capsys, "pack", tmp_path / "net.pt", artifact, "--revision", 7)
+    assert_one_sentence(result, "cannot be written", "nothing was left behind")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_wrong_calls_end_with_2(capsys):
-    for arguments in ((), ("bogus",), ("inspect",), ("demo", "--seed", "x")):
-        code, _, err = run(capsys, *arguments)
-        assert code == 2
+    for arguments in (
+        (),
+        ("bogus",),
+        ("--bogus",),
+        ("inspect",),
+        ("inspect", "a", "b"),
+        ("verify", "a", "--debug"),  # an option of plyweight itself: it comes first
+        ("pack", "net.pt"),
+        ("demo", "--seed", "x"),
+    ):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (2, "")
         assert "Usage: plyweight" in err
+        assert "Traceback" not in err
 
 
 def test_version_and_help_end_with_0(capsys):
     assert run(capsys, "--version") == (0, f"plyweight {plyweight.__version__}\n", "")
-    assert run(capsys, "--help")[0] == 0
+    for arguments in (("--help",), *((command, "--help") for command in COMMANDS)):
+        code, out, err = run(capsys, *arguments)
+        assert (code, err) == (0, "")
+        assert out.startswith("Usage: plyweight")
 
 
 def test_the_demo_shows_every_width_and_the_same_seed_makes_the_same_file(
@@ -146,9 +194,11 @@ def test_the_demo_shows_every_width_and_the_same_seed_makes_the_same_file(
     assert {row[-1] for row in rows} == {"equal"}
     assert "once-QAT" in err
     assert "dedicated, 8 bits" in err
-    figure = (tmp_path / "one" / "digits.png").read_bytes()
-    assert figure.startswith(b"\x89PNG\r\n\x1a\n")
-    assert len(figure) > 10_000  # a blank page of that size has 3 kB
+    figure = tmp_path / "one" / "digits.png"
+    assert figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = imread(figure)[..., :3]
+    assert (pixels == 1).mean() > 0.5  # a white page ...
+    assert len({tuple(pixel) for pixel in pixels[::2, ::2].reshape(-1, 3)}) > 50  # ... drawn upon
     code, out, _ = run(capsys, "demo", "--fast", "--out", tmp_path / "two", "--json")
     result = json.loads(out)
     assert [row["bit_width"] for row in result["rows"]] == list(range(1, 9))
@@ -166,7 +216,28 @@ def test_an_interrupted_demo_says_so_and_leaves_nothing(capsys, tmp_path, tiny_d
     code, out, err = run(capsys, "demo", "--fast", "--out", tmp_path / "out")
     assert (code, out) == (130, "")
     assert "nothing half-written is left" in err
+    assert "Traceback" not in err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupted_figure_leaves_the_finished_file_alone(
+    capsys, tmp_path, tiny_demo, monkeypatch
+):
+    from matplotlib.figure import Figure
+
+    def interrupt(figure, file, **options):
+        file.write(b"half a figure")
+        raise KeyboardInterrupt
+
+    def no_training(folder, **options):
+        (folder / "digits.layered.safetensors").write_bytes(b"whole")
+        row = demo.WidthResult(1, 4, 1000, 2.0, 0.9, 0.9, agrees=True)
+        return demo.DemoResult(0, "path", 0.9, 10, (row,))
+
+    monkeypatch.setattr(Figure, "savefig", interrupt)
+    monkeypatch.setattr(demo, "run_demo", no_training)
+    assert run(capsys, "demo", "--out", tmp_path)[0] == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.layered.safetensors"]
 
 
 def test_a_folder_that_cannot_be_made_is_told_before_the_training(capsys, tmp_path):
@@ -198,3 +269,10 @@ def test_the_module_runs_like_the_command():
     command = [sys.executable, "-m", "plyweight", "--version"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout == f"plyweight {plyweight.__version__}\n"
+
+
+def test_the_checkpoint_is_not_overwritten_by_its_artifact(capsys, artifact, tmp_path):
+    before = (tmp_path / "net.pt").read_bytes()
+    result = run(capsys, "pack", tmp_path / "net.pt", tmp_path / "net.pt")
+    assert_one_sentence(result, "is the checkpoint itself")
+    assert (tmp_path / "net.pt").read_bytes() == before

@@ -1,4 +1,7 @@
+import contextlib
+import io
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,14 @@ from plyweight.cli import app, main
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands]
+GLOSSARY = (ROOT / "docs" / "glossary.md").read_text()
+VOCABULARY = """
+    bit-width; widest; narrowest; code; level; scale; half cell; decode; gain; pinned; granularity;
+    calibrate; quantize; dequantize; fake quantization; straight-through estimator; latent weight;
+    cascade downsampling; bit plane; layer; base layer; enhancement layer; module;
+    side information; once-QAT; sandwich rule; switchable batch norm; bit allocation; checkpoint;
+    artifact; header; digest; byte range; source; fetch; upgrade; load; export; reference kernel
+"""
 
 
 class SmallNet(nn.Module):
@@ -38,17 +49,67 @@ def test_the_code_of_the_readme_runs_as_it_is_printed(tmp_path, monkeypatch):
     assert names["net"](loader[0][0]).shape == (4, 4)
 
 
+def test_the_code_of_the_method_prints_what_is_printed_below_it():
+    blocks = r"```python\n(.*?)```\n\n```\n(.*?)```"
+    found = re.findall(blocks, (ROOT / "docs" / "method.md").read_text(), re.DOTALL)
+    assert found
+    for code, wanted in found:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, "method.md", "exec"), {})
+        assert printed.getvalue() == wanted
+
+
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_the_help_of_every_command_stands_in_its_page(command, capsys, monkeypatch):
+    pinned = re.search(r"^typer==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    if version("typer") != pinned[1]:
+        pytest.skip(f"typer words the help; the page holds that of {pinned[1]}")
     monkeypatch.setenv("COLUMNS", "80")
     main([*([command] if command else []), "--help"])
     shown = "\n".join(line.rstrip() for line in capsys.readouterr().out.strip().splitlines())
-    assert shown in (ROOT / "docs" / "cli.md").read_text()
+    call = f"plyweight {command} --help".replace("  ", " ")
+    page = (ROOT / "docs" / "cli.md").read_text()
+    assert f"```text\n$ {call}\n{shown}\n```\n" in page
 
 
-def test_the_tree_of_errors_is_drawn_whole():
-    drawn = set(re.findall(r"\b\w+Error\b", errors.__doc__))
-    assert drawn == {name for name in errors.__all__ if name.endswith("Error")}
+def test_every_command_has_a_section_of_its_page_with_an_example_and_there_are_no_others():
+    _, *sections = re.split(r"^## ", (ROOT / "docs" / "cli.md").read_text(), flags=re.MULTILINE)
+    assert [section.splitlines()[0] for section in sections] == COMMANDS
+    for command, section in zip(COMMANDS, sections, strict=True):
+        assert f"```console\n$ plyweight {command} " in section
+
+
+def test_the_tree_of_errors_is_drawn_as_the_classes_inherit():
+    drawn, above = {}, []  # by name the parent; the names on the path to the line above
+    for indent, name in re.findall(r"^( +)(?:[x+] )?(\w+Error)\b", errors.__doc__, re.MULTILINE):
+        depth = len(indent) // 2 - 2
+        above = [*above[:depth], name]
+        drawn[name] = above[depth - 1] if depth else None
+    classes = {name: getattr(errors, name) for name in errors.__all__ if name.endswith("Error")}
+    assert drawn.pop("PlyweightError") is None
+    assert drawn == {
+        name: cls.__bases__[0].__name__ for name, cls in classes.items() if name in drawn
+    }
+    assert {*drawn, "PlyweightError"} == set(classes)
+
+
+def test_the_glossary_has_every_word_of_the_vocabulary():
+    defined = set(re.findall(r"\*\*([^*]+)\*\*", GLOSSARY))
+    assert {" ".join(term.split()) for term in VOCABULARY.split(";")} <= defined
+
+
+def test_the_glossary_has_every_public_name_that_is_no_error():
+    names = [name for name in plyweight.__all__ if not name.endswith("Error")]
+    assert [name for name in names if f"`{name}`" not in GLOSSARY] == []
+
+
+def test_the_glossary_names_only_what_is_in_the_code_or_planned():
+    source = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    entries = re.findall(r"^(\*\*.*?)(?:\*Not:\*|\n\n|\Z)", GLOSSARY, re.DOTALL | re.MULTILINE)
+    assert len(entries) >= 35
+    for entry in entries:
+        for name in re.findall(r"`([A-Za-z_]\w*)", entry):
+            assert "*planned*" in entry or re.search(rf"\b{name}\b", source), (name, entry)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -405,6 +405,17 @@ def test_a_model_that_does_not_match_is_refused_with_the_names_on_both_sides(con
         assert raised.match(word)
 
 
+@pytest.mark.parametrize("owner", ["bn1", "missing"])
+def test_a_quantized_input_of_no_layered_module_is_named(conv, tmp_path, owner):
+    state = conv.model.state_dict()
+    moved = {
+        k.replace("conv2.input_quantizer", f"{owner}.input_quantizer"): state[k] for k in state
+    }
+    pack(moved, tmp_path / "moved")
+    with pytest.raises(ModelMismatchError, match=f"artifact has a quantized input of {owner};"):
+        load(tmp_path / "moved", ConvNet())
+
+
 def test_ties_must_match(tmp_path):
     class Untied(ZooNet):
         def __init__(self):

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Called wrongly: click's exceptions, of which typer has a private copy.
             error.show()
             return int(error.exit_code)
-        if not isinstance(error, (PlyweightError, ImportError)):
+        if not isinstance(error, (PlyweightError, ImportError, OSError)):
             raise
         if "--debug" in arguments:
             typer.echo(traceback.format_exc(), err=True)
@@ -85,19 +85,21 @@ def options(
 @app.command()
 def demo(
     fast: Annotated[bool, typer.Option("--fast", help="Train less; under 40 seconds.")] = False,
-    seed: Annotated[int, typer.Option(help="The same seed makes the same file.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="The same seed makes the same file.")
+    ] = 0,
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where the file and the figure go.")
     ] = Path("plyweight-demo"),
     as_json: AsJson = False,
 ) -> None:
     """Train, pack and load at 1 to 8 bits on real handwritten digits."""
-    _create_folder(out)  # before minutes of training, not after
     with _needed_for("plyweight demo", extra="demo"):
         import matplotlib  # noqa: F401  missed now, not after the training
         import sklearn  # noqa: F401
 
         from plyweight.demo import FAST, Recipe, draw, run_demo
+    _create_folder(out)  # before the training, not after
     with _progress_bars() as progress:
         result = run_demo(out, seed=seed, recipe=FAST if fast else Recipe(), progress=progress)
     figure = out / "digits.png"
@@ -116,13 +118,17 @@ def pack(
     ],
     artifact: Annotated[Path, typer.Argument(metavar="FILE", help="The artifact to write.")],
     name: Annotated[str | None, typer.Option(help="Of the model, for people.")] = None,
-    revision: Annotated[int, typer.Option(help="Counts up with every publication.")] = 0,
+    revision: Annotated[
+        int, typer.Option(min=0, max=2**53, help="Counts up with every publication.")
+    ] = 0,
     license: Annotated[str | None, typer.Option(help="Such as Apache-2.0.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Pack the saved state dict of a prepared model into one artifact."""
     with _needed_for("plyweight pack", extra="train"):
         from plyweight.packing import pack as pack_state
+    if artifact.resolve() == checkpoint.resolve():
+        raise OutputError(f"{artifact} is the checkpoint itself; give the artifact another path.")
     state = _load_checkpoint(checkpoint)
     receipt = pack_state(
         state, artifact, name=name or checkpoint.stem, revision=revision, license=license

@@ -205,3 +205,9 @@ def test_open_source_takes_paths_and_sources_and_refuses_urls(path, data):
     with pytest.raises(SourceError, match="is a URL"):
         open_source("https://example.org/a.safetensors")
     assert issubclass(SourceError, DeliveryError)
+
+
+def test_what_is_neither_a_path_nor_a_source_is_refused():
+    for wrong in (5, None, b"bytes"):
+        with pytest.raises(SourceError, match="give the path of an artifact"):
+            ArtifactReader(wrong)

@@ -275,6 +275,17 @@ def test_the_sandwich_visits_the_ends_and_one_between_and_resumes():
     assert [tuple(resumed.backward(*data())) for _ in range(5)] == going_on
 
 
+def test_the_sandwich_is_known_by_its_name_and_all_is_resumed_from_nothing():
+    model = prepared(WIDTHS)
+    objective = JointObjective(model, F.cross_entropy, sampling="sandwich")
+    visited = objective.backward(*data())
+    assert {1, 8} < set(visited)
+    assert len(visited) == 3
+    everything = JointObjective(model, F.cross_entropy)
+    everything.load_state_dict(everything.state_dict())
+    assert tuple(everything.backward(*data())) == WIDTHS
+
+
 def test_weights_of_the_widths_sampled_are_brought_back_to_one():
     class Only2And8:
         def sample(self, bit_widths):

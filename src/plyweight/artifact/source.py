@@ -140,6 +140,11 @@ def open_source(path_or_source: str | os.PathLike[str] | Source) -> Source:
                 "fetch the file by other means and give its path."
             )
         return FileSource(path)
+    if not isinstance(path_or_source, Source):
+        raise SourceError(
+            f"a {type(path_or_source).__name__} was given; give the path of an artifact, or a "
+            "source of bytes."
+        )
     return path_or_source
 
 
