@@ -70,7 +70,7 @@ def load(
     """
     if form not in ("packed", "fake-quantized"):
         raise LayeringError(f"form is {form!r}; give 'packed' or 'fake-quantized'.")
-    reader = _reader(source)
+    reader = ArtifactReader(source)
     header = reader.header
     target = reader.held_bit_widths[-1] if bit_width is None else bit_width
     num_layers = header.layer_index(target) + 1
@@ -118,7 +118,7 @@ def upgrade(
     """
     loaded = _loaded(model)
     header, num_held = loaded.header, loaded.num_layers
-    reader = _reader(source)
+    reader = ArtifactReader(source)
     if reader.header.artifact_id != header.artifact_id:
         raise ArtifactError(
             f"{reader.source.name} is artifact {reader.header.artifact_id[:12]}, but the model was "
@@ -362,15 +362,6 @@ def _switch_batch_norms(model: nn.Module, header: Header, bit_widths: tuple[int,
     for name, module in list(model.named_modules()):
         if type(module) in BATCH_NORMS and (name in later or len(header.layers) == 1):
             BATCH_NORMS[type(module)].from_float(module, bit_widths)
-
-
-def _reader(source: object) -> ArtifactReader:
-    if not isinstance(source, (str, os.PathLike, Source)):
-        raise LayeringError(
-            f"source is a {type(source).__name__}; give the path of an artifact, or a "
-            "plyweight.artifact.Source."
-        )
-    return ArtifactReader(source)
 
 
 def _loaded(model: nn.Module) -> _Loaded:

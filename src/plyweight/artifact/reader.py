@@ -169,7 +169,7 @@ def _cut(header: Header, index: int, size: int) -> TruncatedError:
     layer = header.layers[index]
     tensors = [entry for entry in header.tensors_of(index) if not is_pad(entry.name)]
     cut = [entry.name for entry in tensors if size < header.file_range(entry).stop]
-    inside = cut[0] if cut else f"the padding after {tensors[-1].name}"
+    inside = f"tensor {cut[0]}" if cut else f"the padding after {tensors[-1].name}"
     shorter = (
         f", or keep {layer.byte_range.start} bytes for {header.layers[index - 1].bit_width} bits"
     )
