@@ -135,7 +135,7 @@ def test_pack_refuses_what_is_no_state_dict_and_leaves_nothing(capsys, artifact,
         ("list.pt", "a list was given"),
         ("module.pt", "torch.save(model.state_dict(), path)"),
         ("empty.pt", "cannot be loaded as a state dict"),
-        (".", "cannot be loaded as a state dict"),
+        (".", "cannot be read (Is a directory)"),
         ("none.pt", "does not exist"),
     ):
         assert_one_sentence(run(capsys, "pack", tmp_path / name, target), word)

@@ -23,7 +23,7 @@ from plyweight.errors import (
     TruncatedError,
 )
 from plyweight.loading import downgrade, load, upgrade
-from plyweight.nn import at_bit_width, bit_widths_of, prepare, set_bit_width
+from plyweight.nn import at_bit_width, bit_widths_of, prepare, report, set_bit_width
 from plyweight.nn.packed import PackedWeight
 from plyweight.packing import pack
 from plyweight.train import JointObjective
@@ -525,3 +525,21 @@ def test_inspect_tells_what_was_packed(conv):
     assert conv.receipt.num_weights == sum(
         p.numel() for n, p in ConvNet().named_parameters() if p.dim() > 1
     )
+
+
+def test_a_model_loaded_in_inference_mode_can_be_switched_outside(conv):
+    with torch.inference_mode():
+        net = load(MemorySource(conv.data), ConvNet(), bit_width=2)
+    set_bit_width(net, 1)
+    upgrade(net, MemorySource(conv.data))
+    conv.assert_equal_at(net, 8)
+
+
+def test_the_wrapper_of_a_compiled_model_is_looked_through(conv):
+    conv.assert_equal_at(load(MemorySource(conv.data), torch.compile(ConvNet())), 8)
+
+
+def test_a_loaded_model_reports_the_weights_it_holds_as_planes(conv):
+    net = load(MemorySource(conv.data), ConvNet())
+    assert report(net).num_layered == conv.receipt.num_weights
+    assert report(net).num_layered == report(conv.model).num_layered

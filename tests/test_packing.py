@@ -2,6 +2,8 @@
 
 import io
 import math
+import os
+import stat
 
 import numpy as np
 import pytest
@@ -319,7 +321,7 @@ def test_an_argument_of_the_wrong_type_is_named(small, tmp_path, arguments, word
 
 @pytest.mark.parametrize("bit_width", [3, "4", None])
 def test_metrics_of_a_width_that_is_not_stored_are_refused(small, tmp_path, bit_width):
-    with pytest.raises(BitWidthError, match=f"{bit_width} bits were asked for"):
+    with pytest.raises(BitWidthError, match=r"(stores|one of) 2, 4, 8"):
         pack(small, tmp_path / "net", evaluation={bit_width: {"accuracy": "0.9"}})
 
 
@@ -393,3 +395,45 @@ def test_a_model_with_one_bit_width_is_an_ordinary_file(tmp_path):
     assert packed(again, tmp_path) == data
     recalibrate(again, [inputs])
     assert not torch.equal(again[1].running_mean, model[1].running_mean)
+
+
+def test_a_device_or_pipe_is_not_replaced_by_an_artifact(small, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="not a regular file"):
+        pack(small, tmp_path / "pipe")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_packed_model_is_told_how_to_be_packed_again(small, tmp_path):
+    pack(small, tmp_path / "net")
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+    with pytest.raises(LayeringError, match="form='fake-quantized'"):
+        pack(load(tmp_path / "net", net), tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("1.running_mean", torch.zeros(5)),
+        ("0.weight_quantizer.gain", torch.ones(1)),
+        ("0.weight_quantizer.pinned", torch.zeros(2, dtype=torch.uint8)),
+        ("0.weight_quantizer.clip", torch.ones(5, dtype=torch.int64)),
+        ("0.input_quantizer.clip", torch.ones(3, 3)),
+        ("0.input_quantizer.kind_index", torch.tensor(77, dtype=torch.uint8)),
+    ],
+)
+def test_a_state_dict_that_was_changed_is_refused_by_name(small, tmp_path, name, value):
+    with pytest.raises(LayeringError, match=name.rpartition(".")[0]):
+        pack(dict(small.state_dict()) | {name: value}, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+def test_buffers_on_the_same_memory_are_tied_only_if_they_are_one_tensor(tmp_path):
+    class Views(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(4, 3))
+            self.register_buffer("a", torch.arange(6.0))
+            self.register_buffer("b", self.a.detach())
+
+    pack(prepare(Views(), (2, 8), activations=None), tmp_path / "net")
+    assert load(tmp_path / "net", Views()).b.tolist() == list(range(6))

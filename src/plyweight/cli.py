@@ -292,6 +292,8 @@ def _load_checkpoint(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise SourceError(f"{path} does not exist; check the path.") from error
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror}); check the path.") from error
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything
         raise SourceError(
             f"{path} cannot be loaded as a state dict; write it with "

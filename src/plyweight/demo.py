@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plyweight.artifact import ByteRange, FileSource, MemorySource, Receipt, publish_atomically
+from plyweight.artifact import MemorySource, Receipt, publish_atomically
 from plyweight.loading import load
 from plyweight.nn import at_bit_width, prepare
 from plyweight.packing import pack
@@ -237,9 +237,9 @@ def _measure(
 ) -> tuple[WidthResult, ...]:
     """Load every bit-width from the bytes it needs, and no others."""
     rows = []
-    whole = FileSource(path)
+    data = path.read_bytes()
     for layer in receipt.layers:
-        prefix = MemorySource(bytes(whole.read(ByteRange(0, layer.total_bytes))), name=str(path))
+        prefix = MemorySource(data[: layer.total_bytes], name=str(path))
         loaded = load(prefix, DigitsNet())
         with torch.no_grad(), at_bit_width(model, layer.bit_width):
             agrees = torch.equal(loaded(digits.test_images), model(digits.test_images))
@@ -254,7 +254,6 @@ def _measure(
                 agrees=agrees,
             )
         )
-    whole.close()
     return tuple(rows)
 
 

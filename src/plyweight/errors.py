@@ -92,6 +92,12 @@ class BitWidthError(PlyweightError, ValueError):
     def __init__(
         self, asked: object, *, stored: Sequence[int], where: str, advice: str = ""
     ) -> None:
+        if type(asked) is not int:
+            super().__init__(
+                f"the bit-width is {asked!r}, a {type(asked).__name__}; "
+                f"give an integer, one of {listed(stored)}."
+            )
+            return
         advice = advice or f"Ask for one of those, or train again with {asked} among `bit_widths`."
         super().__init__(
             f"{asked} bits were asked for, but {where} stores {listed(stored)}. {advice}"

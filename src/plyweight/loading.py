@@ -31,7 +31,7 @@ from plyweight.nn.bit_width import set_bit_width
 from plyweight.nn.norm import BATCH_NORM_TENSORS
 from plyweight.nn.packed import PackedModule, PackedWeight
 from plyweight.nn.skeleton import Skeleton
-from plyweight.nn.swap import BATCH_NORMS, LAYERED, PACKED
+from plyweight.nn.swap import BATCH_NORMS, LAYERED, PACKED, unwrapped
 from plyweight.quantizers import ActivationQuantizer, WeightQuantizer
 
 __all__ = ["downgrade", "load", "upgrade"]
@@ -40,6 +40,7 @@ Form = Literal["packed", "fake-quantized"]
 Views = Mapping[str, TensorView]  # what a layer holds, by name inside the layer
 
 
+@torch.inference_mode(False)  # what is made inside could not be changed outside
 def load(
     source: str | os.PathLike[str] | Source,
     model: nn.Module,
@@ -50,7 +51,8 @@ def load(
     """A copy of ``model`` with the weights of an artifact, in evaluation mode.
 
     Reads the header and the layers up to ``bit_width``, each verified before it is used. The
-    result computes what the trained model computed at each bit-width, bit for bit on the CPU.
+    result computes what the trained model computed at each bit-width: on the CPU and in the dtype
+    it was trained in, bit for bit.
 
     Args:
         source: a file, whole or cut at the end of a layer.
@@ -101,6 +103,7 @@ def load(
     return skeleton.model.eval()
 
 
+@torch.inference_mode(False)
 def upgrade(
     model: nn.Module, source: str | os.PathLike[str] | Source, *, bit_width: int | None = None
 ) -> None:
@@ -109,7 +112,8 @@ def upgrade(
     Args:
         model: from :func:`load`, in packed form.
         source: of the same artifact.
-        bit_width: None for the widest that the source holds.
+        bit_width: None for the widest that the source holds. For one that the model holds
+            already, nothing is read, and nothing is freed (see :func:`downgrade`).
 
     Raises:
         BitWidthError: If that bit-width is not stored, or the source is cut before it.
@@ -366,7 +370,7 @@ def _switch_batch_norms(model: nn.Module, header: Header, bit_widths: tuple[int,
 
 def _loaded(model: nn.Module) -> _Loaded:
     """What :func:`load` made, compiled since or not."""
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     record = getattr(model, "_plyweight_artifact", None)
     if not isinstance(record, _Record):
         raise LayeringError(

@@ -10,6 +10,7 @@ model and a checkpoint of it make the same file:
     everything else                                     -> the base layer, as it is
 """
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from plyweight.artifact.names import (
 from plyweight.codec import codes_at, encode, spread, to_planes
 from plyweight.errors import BitWidthError, LayeringError, listed
 from plyweight.nn.norm import BATCH_COUNT, BATCH_NORM_TENSORS
+from plyweight.nn.swap import unwrapped
 from plyweight.quantizers import ActivationQuantizer
 from plyweight.quantizers.weight import scale_of
 
@@ -92,9 +94,9 @@ def pack(
     """
     default_name = "model"
     if isinstance(model, nn.Module):
-        model = _unwrapped(model)
+        model = unwrapped(model)
         default_name = type(model).__name__
-    contents = _Contents.of(_checked(model))
+    contents = _Contents.of(_checked(model), by_object=isinstance(model, nn.Module))
     _check_arguments(path, name, revision, license, evaluation, contents.bit_widths)
     write_artifact(
         path,
@@ -147,9 +149,14 @@ class _Contents:
     plain: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> "_Contents":
+    def of(cls, state: Mapping[str, Tensor], *, by_object: bool) -> "_Contents":
         owners = [k.removesuffix("model_bit_widths") for k in state if _is(k, "model_bit_widths")]
         widths = {tuple(state[f"{owner}model_bit_widths"].tolist()) for owner in owners}
+        if any(_is(key, "packed_weight.scale") for key in state):
+            raise LayeringError(
+                "the model is in packed form, which has no latent weights; load it with "
+                "form='fake-quantized' to pack it again."
+            )
         if len(widths) != 1 or not any(_is(key, "weight_quantizer.clip") for key in state):
             found = f"bit-widths {listed(sorted(widths))}" if widths else "no bit-widths"
             raise LayeringError(
@@ -163,22 +170,21 @@ class _Contents:
             module = f"{head}." if head else ""
             if leaf == BATCH_COUNT:
                 continue
-            place = tensor.device, tensor.data_ptr()
-            identity = (*place, tensor.shape, tensor.stride(), tensor.dtype)
-            if tensor.numel() and stored.setdefault(identity, key) != key:
+            if tensor.numel() and stored.setdefault(_identity(tensor, by_object), key) != key:
                 continue  # tied to one that is stored already
             if head.endswith("input_quantizer") and f"{module}kind_index" in state:
                 if leaf == "clip":
                     owner = head.removesuffix("input_quantizer").rstrip(".")
-                    contents.activations[owner] = _restored(state, module, owner)
+                    with _naming(module):
+                        contents.activations[owner] = _restored(state, module, owner)
                 continue
             if f"{module}model_bit_widths" in state:
                 if leaf in BATCH_NORM_TENSORS:
-                    _check_finite(key, tensor)
-                    contents.rows[key] = tensor
+                    contents.rows[key] = _checked_rows(key, tensor, len(contents.bit_widths))
                 continue
             if leaf == "weight" and f"{module}weight_quantizer.clip" in state:
-                contents.weights[key] = _weight(state, module, key)
+                with _naming(f"{module}weight_quantizer."):
+                    contents.weights[key] = _weight(state, module, key)
             else:
                 contents.plain[key] = tensor
         return contents
@@ -237,9 +243,10 @@ def _weight(state: Mapping[str, Tensor], module: str, key: str) -> _Weight:
         group_size=int(part["group_size"]) or None,
         pinned=pinned or None,
     )
-    return _Weight(
-        record, _own_bit_widths(part), latent, scale_of(part["clip"]), part["gain"].float()
-    )
+    own, gain = _own_bit_widths(part), part["gain"].float()
+    if len(gain) != len(own) or not part["clip"].is_floating_point():
+        raise ValueError(f"{len(gain)} gains for {len(own)} bit-widths, clips {part['clip'].dtype}")
+    return _Weight(record, own, latent, scale_of(part["clip"]), gain)
 
 
 def _restored(state: Mapping[str, Tensor], prefix: str, owner: str) -> ActivationQuantizer:
@@ -253,7 +260,7 @@ def _restored(state: Mapping[str, Tensor], prefix: str, owner: str) -> Activatio
     if quantizer.kind == "unset":
         raise LayeringError(
             f"the input of {owner or 'the model'} has not seen a batch, so its step is not known; "
-            "run the model (or train it) before it is packed."
+            "run the model (or train it) before it is packed, or name it in `exclude` of prepare."
         )
     return quantizer
 
@@ -268,6 +275,38 @@ def _part(state: Mapping[str, Tensor], prefix: str, names: Sequence[str]) -> dic
             )
         _check_finite(prefix + name, state[prefix + name])
     return {name: state[prefix + name].detach().cpu() for name in names}
+
+
+@contextlib.contextmanager
+def _naming(prefix: str) -> Iterator[None]:
+    """Say in one sentence where a state dict is not what a prepared model's would be."""
+    try:
+        yield
+    except LayeringError:
+        raise
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise LayeringError(
+            f"what stands under {prefix} in the state dict is not what a prepared model has there "
+            f"({str(error).splitlines()[0]}); pack a state dict that nobody changed."
+        ) from error
+
+
+def _identity(tensor: Tensor, by_object: bool) -> object:
+    """Equal for tied tensors: the same object in a model, the same memory in a state dict."""
+    if by_object:
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _checked_rows(name: str, rows: Tensor, num_rows: int) -> Tensor:
+    """What a batch norm has for each bit-width."""
+    if rows.dim() != 2 or len(rows) != num_rows:
+        raise LayeringError(
+            f"{name} has shape {tuple(rows.shape)}, but needs a row for each of {num_rows} "
+            "bit-widths; pack a state dict that nobody changed."
+        )
+    _check_finite(name, rows)
+    return rows
 
 
 def _own_bit_widths(part: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -303,7 +342,8 @@ def _tensor_data(name: str, tensor: Tensor) -> TensorData:
 
 def _checked(model: object) -> dict[str, Tensor]:
     """The state dict of ``model``, or ``model`` if it is one already."""
-    state = model.state_dict() if isinstance(model, nn.Module) else model
+    # The parameters themselves, so that tied ones are known by identity.
+    state = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
     if not isinstance(state, Mapping):
         raise LayeringError(f"a {type(state).__name__} was given; pack a module or a state dict.")
     for key, value in state.items():
@@ -355,16 +395,3 @@ def _check_arguments(
 def _is(key: str, ending: str) -> bool:
     """Whether ``key`` is ``ending``, alone or after a dot."""
     return f".{key}".endswith(f".{ending}")
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """``model`` without the wrappers of torch.compile and data parallelism."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(
-            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
-        ):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner

@@ -67,10 +67,15 @@ def _target(path: str | os.PathLike[str]) -> Path:
     try:
         target = Path(path).resolve()
         is_folder, has_folder = target.is_dir(), target.parent.is_dir()
+        is_special = target.exists() and not is_folder and not target.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # an embedded NUL, a loop of links
         raise _cannot_write(path, error) from error
     if is_folder:
         raise OutputError(f"{os.fspath(path)!r} is a folder; give the path of a file inside it.")
+    if is_special:  # a device or pipe, which the rename would replace
+        raise OutputError(
+            f"{os.fspath(path)!r} is not a regular file; give the path of a file to write."
+        )
     if not has_folder:
         raise OutputError(
             f"{os.fspath(path)} cannot be written: the folder {target.parent} does not "

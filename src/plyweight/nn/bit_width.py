@@ -42,7 +42,8 @@ def set_bit_width(model: nn.Module, bit_width: int) -> None:
     available = bit_widths_of(model)
     if type(bit_width) is not int or bit_width not in available:
         trained = {b for module in modules for b in module.model_bit_widths.tolist()}
-        advice = "Upgrade the model to it first." if bit_width in trained else ""
+        is_known = type(bit_width) is int and bit_width in trained
+        advice = "Upgrade the model to it first." if is_known else ""
         where = f"this {type(model).__name__}"
         raise BitWidthError(bit_width, stored=available, where=where, advice=advice)
     for module in modules:

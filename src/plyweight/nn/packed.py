@@ -55,7 +55,8 @@ class PackedWeight(Switchable):
         self.make_switchable(bit_widths, pinned=pinned, device=scale.device)
         self.register_buffer("scale", scale)
         self.shape, self.group_size = shape, group_size
-        # An empty tensor and not a dtype, so that `model.to(dtype)` applies to it.
+        # An empty tensor and not a dtype, so that `model.to(dtype)` applies to it. It rounds the
+        # scale as well; load into a model of that dtype instead, and only the values are.
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=scale.device))
         self.num_held = 0
 

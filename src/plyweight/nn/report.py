@@ -1,6 +1,7 @@
 """report: what of a model is layered, and what stays float and why."""
 
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -8,6 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 from plyweight.nn.bit_width import bit_widths_of
 from plyweight.nn.layered import LayeredModule
 from plyweight.nn.norm import SwitchableBatchNorm1d, SwitchableBatchNorm2d
+from plyweight.nn.packed import PackedModule, PackedWeight
 from plyweight.quantizers import ActivationQuantizer, WeightQuantizer
 
 __all__ = ["KeptModule", "Report", "report"]
@@ -61,7 +63,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What of ``model``, which :func:`plyweight.prepare` returned, is layered.
+    """What of ``model``, which ``prepare`` or ``load`` returned, is layered.
 
     Raises:
         LayeringError: If ``model`` is not layered.
@@ -74,6 +76,10 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if isinstance(module, (WeightQuantizer, ActivationQuantizer)):
             continue
+        if isinstance(module, PackedWeight):
+            num_layered += prod(module.shape)
+            num_parameters += prod(module.shape)
+            continue
         all_own = list(module.parameters(recurse=False))
         own = [p for p in all_own if id(p) not in seen]
         seen.update(map(id, own))
@@ -84,6 +90,8 @@ def report(model: nn.Module) -> Report:
         if isinstance(module, LayeredModule):
             layered.append(name)
             num_layered += sum(p.numel() for p in own if p is module.latent_weight)
+        elif isinstance(module, PackedModule):
+            layered.append(name)
         elif all_own and hasattr(module, "kept_float"):
             kept.append(KeptModule(name, type(module).__name__, num_own, str(module.kept_float)))
     return Report(bit_widths, tuple(layered), num_layered, num_parameters, tuple(kept))

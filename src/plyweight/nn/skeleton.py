@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from plyweight.errors import LayeringError, ModelMismatchError, listed
 from plyweight.nn.attention import disable_fast_paths
 from plyweight.nn.norm import BATCH_COUNT
-from plyweight.nn.swap import unfuse
+from plyweight.nn.swap import unfuse, unwrapped
 from plyweight.quantizers import Switchable
 
 __all__ = ["Skeleton", "Slot"]
@@ -45,7 +45,9 @@ class Skeleton:
             names: of the tensors that will be set; attention modules and transposed linear
                 modules are unfused where they say so.
         """
-        if not isinstance(model, nn.Module):
+        if isinstance(model, nn.Module):
+            model = unwrapped(model)
+        else:
             raise LayeringError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
         if any(isinstance(module, Switchable) for module in model.modules()):
             raise LayeringError("the model is layered already; give the float model instead.")

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
@@ -41,7 +42,7 @@ from plyweight.quantizers import (
 )
 from plyweight.quantizers.activation import activation_widths
 
-__all__ = ["BATCH_NORMS", "LAYERED", "PACKED", "prepare", "unfuse"]
+__all__ = ["BATCH_NORMS", "LAYERED", "PACKED", "prepare", "unfuse", "unwrapped"]
 
 LAYERED: dict[type[nn.Module], type[LayeredModule]] = {
     nn.Linear: LayeredLinear,
@@ -63,6 +64,7 @@ BATCH_NORMS: dict[type[nn.Module], type[SwitchableBatchNorm1d | SwitchableBatchN
 TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
 
 
+@torch.inference_mode(False)  # what is made inside could not be trained outside
 def prepare(
     model: nn.Module,
     bit_widths: Sequence[int],
@@ -139,6 +141,19 @@ def prepare(
         if type(module) in BATCH_NORMS and not hasattr(module, "kept_float"):
             BATCH_NORMS[type(module)].from_float(module, bit_widths)
     return layered
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """``model`` without the wrappers of torch.compile and data parallelism."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def unfuse(model: nn.Module, wanted: Callable[[str], bool]) -> None:
