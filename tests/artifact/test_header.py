@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import time
+import sys
 import tracemalloc
 
 import pytest
@@ -180,11 +180,9 @@ BAD_TEXTS = {
 
 
 @pytest.mark.parametrize("text", BAD_TEXTS.values(), ids=BAD_TEXTS)
-def test_text_that_is_no_header_is_refused_quickly(data, text):
-    start = time.perf_counter()
+def test_text_that_is_no_header_is_refused(data, text):
     with pytest.raises(HeaderError):
         Header.parse(with_text(data, text))
-    assert time.perf_counter() - start < 2
 
 
 @pytest.mark.parametrize("key", ["layered.params", "layered.layers", "layered.io"])
@@ -204,18 +202,44 @@ def test_a_tensor_given_twice_is_refused(data):
         Header.parse(with_table(data, text))
 
 
-def test_a_header_of_almost_sixteen_mebibytes_is_judged_within_seconds(data):
+def crowded(data, num_tensors):
+    """A header with so many empty tensors, one of which is out of place."""
     table, _ = table_of(data)
     table |= {
         f"L0/{i:070d}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
-        for i in range(120_000)
+        for i in range(num_tensors)
     }
-    raw = with_table(data, table)
+    return with_table(data, table)
+
+
+def test_a_header_of_almost_sixteen_mebibytes_is_judged(data):
+    raw = crowded(data, 120_000)
     assert 15 * 2**20 < int.from_bytes(raw[:8], "little") < 16 * 2**20
-    start = time.perf_counter()
     with pytest.raises(HeaderError):
         Header.parse(raw)
-    assert time.perf_counter() - start < 8  # two on a quiet machine; this one is shared
+
+
+def test_the_work_on_a_header_grows_with_its_tensors_and_not_with_their_square(data):
+    # Counted in calls, not in seconds: a busy machine changes nothing.
+    def calls(num_tensors):
+        raw, count = crowded(data, num_tensors), 0
+
+        def counter(frame, event, argument):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        before = sys.getprofile()
+        sys.setprofile(counter)
+        try:
+            with pytest.raises(HeaderError):
+                Header.parse(raw)
+        finally:
+            sys.setprofile(before)
+        return count
+
+    few, many = calls(1000), calls(4000)
+    assert 1000 < few
+    assert many < 4.5 * few
 
 
 # --- fields ------------------------------------------------------------------------------------
