@@ -12,6 +12,7 @@
       x OutputError                a file cannot be written; nothing half-written is left
       x BitWidthError              a bit-width was asked for that is not there
       x LayeringError              a module cannot be layered, or an argument is wrong
+      x LossError                  a loss is NaN or infinite; training stops before it does harm
       x ModelMismatchError         a model and an artifact do not describe the same network
 
 Every message is one sentence or two: what was asked, what there is, what to do.
@@ -26,6 +27,7 @@ __all__ = [
     "DigestError",
     "HeaderError",
     "LayeringError",
+    "LossError",
     "ModelMismatchError",
     "OutputError",
     "PlyweightError",
@@ -106,6 +108,28 @@ class BitWidthError(PlyweightError, ValueError):
 
 class LayeringError(PlyweightError, ValueError):
     """A module or weight cannot be layered, or an option contradicts the model."""
+
+
+class LossError(PlyweightError, ArithmeticError):
+    """A loss is NaN or infinite.
+
+    Attributes:
+        step: how many steps were taken before this one.
+        bit_width: of the loss.
+        module: name of the first module whose outputs are not finite; None if all are.
+    """
+
+    def __init__(self, loss: float, *, step: int, bit_width: int, module: str | None) -> None:
+        self.step, self.bit_width, self.module = step, bit_width, module
+        origin = (
+            f"The first values that are not finite come out of {module or 'the model itself'!r}"
+            if module is not None
+            else "All modules give finite values, so it comes from the criterion or the targets"
+        )
+        super().__init__(
+            f"the loss at {bit_width} bits is {loss} in step {step}. {origin}. Go back to the "
+            "last checkpoint, and lower the learning rate or clip the gradients."
+        )
 
 
 class ModelMismatchError(PlyweightError, ValueError):

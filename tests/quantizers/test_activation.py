@@ -180,7 +180,7 @@ def test_the_gradients_are_those_of_lsq(kind, bit_width):
     if kind == "offset":
         torch.testing.assert_close(ours[2].double(), theirs[2] * lsq, rtol=1e-3, atol=1e-4)
     else:
-        assert ours[2] is None
+        assert not ours[2].any()  # it takes part, for DistributedDataParallel, and is 0
 
 
 @pytest.mark.parametrize("bit_width", [2, 4, 8])

@@ -60,6 +60,10 @@ class _SwitchableBatchNorm(Switchable, nn.modules.batchnorm._BatchNorm):
         self.running_var.index_copy_(0, row, var[None])
         return outputs
 
+    def row_parameters(self) -> list[nn.Parameter]:
+        """The affine parameters, if there are any."""
+        return [p for p in (self.weight, self.bias) if p is not None]
+
     def _average_factor(self) -> float:
         """The weight of this batch in the running statistics; counts the batch."""
         tracked = self.num_batches_tracked

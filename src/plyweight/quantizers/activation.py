@@ -119,6 +119,10 @@ class ActivationQuantizer(Switchable):
         highest = (self._tables[:, 2] - self._tables[:, 1]).float()
         return round_ste(torch.minimum((-self.offset.float() / self.steps).clamp_min(0), highest))
 
+    def row_parameters(self) -> list[nn.Parameter]:
+        """The clips and the offsets."""
+        return [self.clip, self.offset]
+
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs`` on the grid of the current width, in their shape and dtype."""
         if self.kind == "unset":
@@ -127,8 +131,11 @@ class ActivationQuantizer(Switchable):
         if self.kind == "offset":
             zero_point = self.row_of(self.zero_points)
             low, high = -zero_point, high - low - zero_point
+        # Nothing is added but a path for the gradient, which is 0: DistributedDataParallel waits
+        # for every parameter, also for the offset of a kind that has none.
+        step = self.row_of(self.steps) + 0.0 * self.row_of(self.offset)
         values: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-            inputs, self.row_of(self.steps), low, high, half
+            inputs, step, low, high, half
         )
         return values
 
@@ -144,6 +151,10 @@ class ActivationQuantizer(Switchable):
             lowest = -levels / 2 + half if signed else 0.0
             rows.append([levels / 2 if signed else levels, lowest, lowest + levels - 1, half])
         self._tables.copy_(torch.tensor(rows))
+
+    def restore_kind(self) -> None:
+        """Take the kind that ``kind_index`` names, after it came from elsewhere."""
+        self.set_kind(KINDS[int(self.kind_index)])
 
     @torch.no_grad()
     def set_step(self, bit_width: int, step: float, zero_point: float) -> None:
@@ -185,7 +196,7 @@ class ActivationQuantizer(Switchable):
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.set_kind(KINDS[int(self.kind_index)])
+        self.restore_kind()
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

@@ -84,6 +84,10 @@ class Switchable(nn.Module):
         self.bit_width = bit_width
         self.row.fill_(self._rows[bit_width])
 
+    def row_parameters(self) -> list[nn.Parameter]:
+        """The parameters whose first dimension is the own bit-widths: one row for each."""
+        return []
+
     def row_of(self, table: Tensor) -> Tensor:
         """The entry of ``table`` (its first dimension: own bit-widths) for the current one."""
         # Cloned, for autograd keeps the index and `switch` may come before the backward pass.

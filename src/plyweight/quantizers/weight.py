@@ -77,6 +77,10 @@ class WeightQuantizer(Switchable):
         """float32, the shape of ``clip``: the width of one step of the 8-bit code."""
         return scale_of(self.clip)
 
+    def row_parameters(self) -> list[nn.Parameter]:
+        """The gains."""
+        return [self.gain]
+
     def codes(self, weight: Tensor) -> Tensor:
         """The 8-bit codes of ``weight``, uint8 of its shape."""
         with torch.no_grad():

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from plyweight.errors import BitWidthError, LayeringError, listed
 from plyweight.nn.bit_width import at_bit_width, bit_widths_of
 from plyweight.quantizers import ActivationQuantizer
+from plyweight.train.balance import Balance, BalanceName, GradientStash, balance_named
+from plyweight.train.diagnosis import check_losses
+from plyweight.train.distributed import Synchronizer
 from plyweight.train.sampling import Sampler, sampler_named
 
 __all__ = ["JointObjective", "soft_cross_entropy"]
@@ -52,6 +55,7 @@ class JointObjective:
 
     Attributes:
         weights: how much each bit-width counts; they sum to 1 over all of them.
+        num_steps: how often :meth:`backward` was called.
     """
 
     def __init__(
@@ -60,24 +64,33 @@ class JointObjective:
         criterion: Criterion | None = None,
         *,
         weights: Mapping[int, float] | None = None,
+        balance: BalanceName | Balance = "mean",
         sampling: Literal["all", "sandwich"] | Sampler = "all",
         distillation: Distillation | Literal["auto"] | None = "auto",
+        teacher: Callable[[Any], Any] | None = None,
     ) -> None:
         """Train ``model`` at all of its bit-widths.
 
         Args:
-            model: from :func:`plyweight.prepare`, compiled or not.
+            model: from :func:`plyweight.prepare`, compiled or not, in DistributedDataParallel or
+                not.
             criterion: ``criterion(outputs, targets)`` gives a scalar; not needed for closures.
             weights: for each bit-width, 0 or more; None for all equal. Of those sampled in a
                 step, the sum is brought back to 1.
+            balance: how the gradients of shared parameters meet: their weighted "mean", "mgda",
+                "upgrad", or a function of their Gramian (:mod:`plyweight.train.balance`). All but
+                the mean keep the gradients of every bit-width of a step.
             sampling: "all" bit-widths in each step, the "sandwich" rule, or a ``Sampler``.
             distillation: ``distillation(outputs, teacher_outputs)``, added to the loss of every
                 bit-width but the widest of the step; its teacher is the next wider one, detached.
                 "auto": :func:`soft_cross_entropy` where the criterion is cross entropy, none
                 otherwise. None: labels only.
+            teacher: a float network in evaluation mode; ``teacher(inputs)`` teaches the widest
+                bit-width of the step as that one teaches the next narrower.
 
         Raises:
             LayeringError: If the model has no bit-widths or an argument is wrong.
+            ImportError: If ``balance`` needs TorchJD and it is not installed.
             BitWidthError: If ``weights`` names a bit-width that the model does not have.
         """
         if not isinstance(model, nn.Module):
@@ -90,8 +103,12 @@ class JointObjective:
         self.criterion = criterion
         self.bit_widths = bit_widths_of(model)
         self.weights = _normalized(weights, self.bit_widths)
+        self.balance = balance_named(balance)
         self.sampler = sampler_named(sampling)
         self.distillation = _chosen_distillation(distillation, criterion)
+        self.teacher = _checked_teacher(teacher, self.distillation)
+        self.num_steps = 0
+        self._synchronizer = Synchronizer(model)
         self._initialized = False
 
     def backward(
@@ -118,35 +135,48 @@ class JointObjective:
         Raises:
             LayeringError: If there is no criterion and no closure, a loss is not a scalar tensor,
                 outputs to distill are not a tensor, or the sampler's choice cannot be trained.
+            LossError: If a loss is NaN or infinite; it names the step, the bit-width and the
+                module. The gradients of the step are of no use then; parameters are untouched.
         """
         compute = self._closure(inputs, targets)
         randomness = _RandomState(self.model)
         self._initialize(compute)
         weights = self._sampled_weights()
+        stash = self._stash()
         losses: dict[int, Tensor] = {}
-        teacher: Tensor | None = None
+        teacher = self._float_logits(inputs, targets)
         for bit_width, weight in weights.items():  # widest first: it teaches the next narrower
             randomness.restore()  # the same dropout masks at every bit-width
+            is_reduced = stash is not None or len(losses) == len(weights) - 1
             # The backward pass runs inside: modules under checkpointing run forward again in it.
-            with at_bit_width(self.model, bit_width):
+            with at_bit_width(self.model, bit_width), self._synchronizer.reduced(is_reduced):
                 loss, outputs = compute()
                 losses[bit_width] = loss.detach()
                 if self.distillation is not None and outputs is not None:
                     student = _distillable(outputs)
                     if teacher is not None:
                         loss = loss + self.distillation(student, teacher)
-                    teacher = student.detach()
-                weighted = weight * loss
+                    # A copy on GPUs: the next replay of a CUDA graph writes where it stands.
+                    teacher = student.detach().clone() if student.is_cuda else student.detach()
+                # A balance sees each gradient as large as it is where all weights are equal.
+                weighted = (weight if stash is None else weight * len(weights)) * loss
                 (weighted if scale_loss is None else scale_loss(weighted)).backward()
+            if stash is not None:
+                stash.take_row()
+        if stash is not None:
+            stash.give_back(self._coefficients(stash.gramian()))
+        check_losses(losses, self.model, compute, step=self.num_steps)
+        self.num_steps += 1
         return dict(sorted(losses.items()))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to sample the same bit-widths."""
-        return {"sampler": self.sampler.state_dict()}
+        """What a resumed run needs to go on alike; plain values."""
+        return {"sampler": self.sampler.state_dict(), "num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self.sampler.load_state_dict(state["sampler"])
+        self.num_steps = state["num_steps"]
 
     def _closure(self, inputs: Any, targets: Any) -> Callable[[], tuple[Tensor, Any]]:
         """What computes ``(loss, outputs)``; outputs is None where they are not known."""
@@ -183,12 +213,45 @@ class JointObjective:
             own = {id(buffer) for quantizer in quantizers for buffer in quantizer.buffers()}
             others = [(b, b.clone()) for b in self.model.buffers() if id(b) not in own]
             # With gradients, which are dropped: reentrant checkpointing warns where there are none.
-            with torch.compiler.set_stance("force_eager"):
+            with torch.compiler.set_stance("force_eager"), self._synchronizer.reduced(False):
                 compute()
             with torch.no_grad():
                 for buffer, before in others:
                     buffer.copy_(before)
+            self._synchronizer.broadcast(quantizers)
         self._initialized = True
+
+    def _float_logits(self, inputs: Any, targets: Any) -> Tensor | None:
+        """What the teacher says about this batch; None without one."""
+        if self.teacher is None:
+            return None
+        if targets is None:
+            raise LayeringError(
+                "a teacher needs the inputs, which a closure hides; call backward(inputs, targets)."
+            )
+        with torch.no_grad():
+            return _distillable(self.teacher(inputs))
+
+    def _stash(self) -> GradientStash | None:
+        """Where the gradients of this step are kept until they are balanced; None for the mean."""
+        if self.balance is None:
+            return None
+        on_gpu = any(p.is_cuda for p in self.model.parameters())
+        return GradientStash(self.model, copy=on_gpu or self._synchronizer.reuses_gradients)
+
+    def _coefficients(self, gramian: Tensor) -> Tensor:
+        """What the balance makes of the Gramian ``(n, n)``."""
+        n = len(gramian)
+        if self.balance is None or n == 1 or not gramian.isfinite().all():
+            # Overflown gradients stay what they are, for a GradScaler to see and skip the step.
+            return torch.full((n,), 1 / n)
+        coefficients = torch.as_tensor(self.balance(gramian))
+        if coefficients.shape != (n,) or not coefficients.isfinite().all():
+            raise LayeringError(
+                f"balance gave {coefficients.tolist()} for {n} bit-widths; it must give {n} finite "
+                "coefficients."
+            )
+        return coefficients
 
     def _sampled_weights(self) -> dict[int, float]:
         """The bit-widths of this step, widest first, and how much each counts; their sum is 1."""
@@ -263,6 +326,23 @@ def _normalized(
         )
     total = sum(chosen.values())
     return {b: chosen[b] / total for b in bit_widths}
+
+
+def _checked_teacher(
+    teacher: Callable[[Any], Any] | None, distillation: Distillation | None
+) -> Callable[[Any], Any] | None:
+    if teacher is None:
+        return None
+    if not callable(teacher):
+        raise LayeringError(f"teacher is {teacher!r}; give a network or a function of inputs.")
+    if distillation is None:
+        raise LayeringError(
+            "a teacher was given, but distillation is None (or 'auto' with a criterion that is not "
+            "cross entropy); give the function that compares outputs with the teacher's."
+        )
+    if isinstance(teacher, nn.Module) and teacher.training:
+        raise LayeringError("the teacher is in training mode; call teacher.eval() first.")
+    return teacher
 
 
 def _chosen_distillation(
