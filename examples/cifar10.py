@@ -9,7 +9,7 @@ FOLDER is what torchvision.datasets.CIFAR10 downloads to. In the folder --out ap
     float.safetensors          the float network, which --weights takes in other runs
     NET.layered.safetensors    the artifact: every bit-width is a prefix of it
     results.json               accuracy of the *loaded* artifact at every bit-width
-    predictions.npz            what it took every test image for, uint8, by bit-width
+    predictions.npz            what it took every test image for, by bit-width, and the labels
     float.csv, once-qat.csv    a row for each epoch; with --tensorboard, events beside them
     float.pt, once-qat.pt      checkpoints; the first is there while the float network is trained
 
@@ -22,11 +22,12 @@ Exit codes: 0 done, 1 it failed, 2 called wrongly, 130 and 143 stopped by Ctrl-C
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ import plyweight
 from plyweight.artifact import publish_atomically
 from plyweight.quantizers import checked_bit_widths
 
-__all__ = ["Job", "float_network", "layered_network", "main", "make", "predictions", "scored"]
+__all__ = ["Job", "main", "make"]
 
 PINNED_BIT_WIDTH = 8
 NUM_SHOWN = 2_000  # held-out images of the accuracies shown while training; all are for the end
@@ -74,6 +75,8 @@ class Job:
         recipe: how once-QAT goes on from it.
         out: folder of everything that comes of it.
         weights: float weights to start from; None to train them.
+        method: "once-qat"; or "float" to end with the float network; or "calibrate" to choose the
+            grids from data, without training.
         save_every: steps between checkpoints; None for an epoch.
         to_tensorboard: whether to log for TensorBoard too.
     """
@@ -85,6 +88,7 @@ class Job:
     recipe: QuantizedRecipe
     out: Path
     weights: Path | None = None
+    method: Literal["once-qat", "calibrate", "float"] = "once-qat"
     save_every: int | None = None
     to_tensorboard: bool = False
 
@@ -104,23 +108,28 @@ def make(job: Job, data: Cifar10, place: Place) -> dict[str, Any] | None:
         CheckpointError: If the folder has a run of another configuration, or weights do not fit.
         PlyweightError: If a loss is NaN, the bit-widths are wrong, or a file cannot be written.
     """
+    check_batches(job, data, place)
     float_net = float_network(job, data, place)
-    configuration = once_qat_configuration(job, float_net, data, place)
+    configuration = configuration_of(job, float_net, data, place)
     path = job.out / "results.json"
     if path.exists():
         results = read_results(path)
         refuse_another(path, results["configuration"], configuration)
+        say(f"{path} is there already, so this run is done; give another --out for a new one.")
         return results
-    model, seconds = layered_network(job, float_net, data, place, configuration)
+    model, seconds = None, 0.0
+    if job.method == "once-qat":
+        model, seconds = trained_network(job, float_net, data, place, configuration)
+    elif job.method == "calibrate":
+        model, seconds = calibrated_network(job, float_net, data)
     if not place.is_first:
         return None
-    receipt = plyweight.pack(model, job.artifact)
+    if model is not None:
+        plyweight.pack(model, job.artifact)
     results, predicted = scored(job, float_net, data, place.device)
     results |= {
         "configuration": configuration,
-        "artifact": job.artifact.name,
-        "artifact_id": receipt.artifact_id,
-        "seconds_of_once_qat": seconds,
+        "seconds": round(seconds, 1),
         "versions": {name: version(name) for name in ("plyweight", "torch")},
     }
     with publish_atomically(job.out / "predictions.npz") as file:
@@ -147,7 +156,7 @@ def float_network(job: Job, data: Cifar10, place: Place) -> nn.Module:
         def evaluate(network: nn.Module) -> dict[str, float]:
             return {"float": accuracy(predictions(network, shown), shown)}
 
-        shown = data.test_batches()[: NUM_SHOWN // 500]
+        shown = shown_batches(data)
         run_stage(job, stage, configuration, evaluate)
         if place.is_first:
             write_finished_weights(path, configuration, net)
@@ -158,21 +167,37 @@ def float_network(job: Job, data: Cifar10, place: Place) -> nn.Module:
     return net.eval()
 
 
-def layered_network(
-    job: Job, float_net: nn.Module, data: Cifar10, place: Place, configuration: Configuration
-) -> tuple[nn.Module, float]:
-    """The layered network of ``job``, trained and recalibrated, and the seconds it took."""
-    recipe, seed = job.recipe, job.seed + SEED_OF_ONCE_QAT
-    torch.manual_seed(seed)
-    model = plyweight.prepare(
+def calibrated_network(job: Job, float_net: nn.Module, data: Cifar10) -> tuple[nn.Module, float]:
+    """The layered network of ``job`` without training, and the seconds it took."""
+    started = time.monotonic()
+    model = prepared_network(job, float_net)
+    steps = range(job.recipe.calibration_batches)
+    size, seed = job.recipe.batch_size, job.seed
+    batches = [data.batch(step, size, seed=seed, is_augmented=False) for step in steps]
+    plyweight.calibrate(model, batches)
+    return model.eval(), time.monotonic() - started
+
+
+def prepared_network(job: Job, float_net: nn.Module) -> nn.Module:
+    """A layered copy of ``float_net``, its first and last module pinned."""
+    return plyweight.prepare(
         float_net,
         job.bit_widths,
-        activations=recipe.activations,
+        activations=job.recipe.activations,
         pinned=dict.fromkeys(FIRST_AND_LAST, PINNED_BIT_WIDTH),
     )
+
+
+def trained_network(
+    job: Job, float_net: nn.Module, data: Cifar10, place: Place, configuration: Configuration
+) -> tuple[nn.Module, float]:
+    """The layered network of ``job``, trained and recalibrated, and the seconds of training."""
+    recipe, seed = job.recipe, job.seed + SEED_OF_ONCE_QAT
+    torch.manual_seed(seed)
+    model = prepared_network(job, float_net)
     teacher = place.compiled(float_net) if recipe.teacher == "float" else None
     stage = once_qat_stage(model, data, recipe, teacher=teacher, seed=seed, place=place)
-    shown = data.test_batches()[: NUM_SHOWN // 500]
+    shown = shown_batches(data)
 
     def evaluate(network: nn.Module) -> dict[str, float]:
         accuracies = {}
@@ -220,7 +245,6 @@ def scored(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The accuracies of the artifact of ``job``, loaded at every bit-width, and its predictions."""
     sets = {"held_out": data.test_batches(), "official": data.test_batches(official=True)}
-    sizes = {layer.bit_width: layer.total_bytes for layer in plyweight.inspect(job.artifact).layers}
     predicted: dict[str, np.ndarray] = {}
 
     def score(net: nn.Module, name: str) -> dict[str, float]:
@@ -232,13 +256,18 @@ def scored(
                 accuracies[kind] = accuracy(labels, batches)
         return accuracies
 
+    for kind, batches in sets.items():
+        labels = torch.cat([labels for _, labels in batches]) if batches else torch.empty(0)
+        predicted[f"labels/{kind}"] = labels.cpu().numpy().astype(np.uint8)
     results = {
-        "net": job.net,
-        "seed": job.seed,
+        "method": job.method,
         "num_images": {kind: sum(len(y) for _, y in batches) for kind, batches in sets.items()},
         "float": score(float_net, "float"),
         "widths": [],
     }
+    if job.method == "float":
+        return results, predicted
+    sizes = {layer.bit_width: layer.total_bytes for layer in plyweight.inspect(job.artifact).layers}
     for bit_width in job.bit_widths:
         architecture = NETS[job.net](10).to(device)
         loaded = plyweight.load(job.artifact, architecture, bit_width=bit_width)
@@ -273,15 +302,41 @@ def float_configuration(job: Job, data: Cifar10, place: Place) -> Configuration:
     }
 
 
-def once_qat_configuration(
-    job: Job, float_net: nn.Module, data: Cifar10, place: Place
-) -> Configuration:
-    """Everything that decides what the artifact becomes."""
-    return float_configuration(job, data, place) | {
+def configuration_of(job: Job, float_net: nn.Module, data: Cifar10, place: Place) -> Configuration:
+    """Everything that decides what comes out."""
+    configuration = float_configuration(job, data, place) | {"method": job.method}
+    if job.method == "float":
+        return configuration
+    return configuration | {
         "bit_widths": list(job.bit_widths),
         "recipe": plain(job.recipe),
         "float_weights": digest_of(float_net),
     }
+
+
+def check_batches(job: Job, data: Cifar10, place: Place) -> None:
+    """Whole batches can be made of the images, and equal parts of a batch.
+
+    Raises:
+        DataError: If not.
+    """
+    size, count = job.recipe.batch_size, len(data.train_images)
+    if data.steps_per_epoch(size) == 0:
+        raise DataError(
+            f"{count:,} images to train on make no batch of {size}; give more images or a smaller "
+            "--batch-size."
+        )
+    if size % place.num_processes:
+        raise DataError(
+            f"a batch of {size} cannot be shared by {place.num_processes} processes; give a "
+            "--batch-size that is a multiple."
+        )
+
+
+def shown_batches(data: Cifar10) -> list[tuple[Tensor, Tensor]]:
+    """The first of the held-out images, enough to see where training goes."""
+    size = 125
+    return data.test_batches(size)[: NUM_SHOWN // size]
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -302,6 +357,11 @@ def read_results(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, OSError):
         pass
     raise CheckpointError(f"{path} holds no results; move it away to score the artifact again.")
+
+
+def say(sentence: str) -> None:
+    """To whoever waits at the terminal; results go to stdout."""
+    print(f"cifar10: {sentence}", file=sys.stderr)
 
 
 def as_table(results: dict[str, Any]) -> str:
@@ -336,19 +396,26 @@ def parser() -> argparse.ArgumentParser:
     add("--bit-widths", type=int, nargs="*", default=[2, 3, 4, 6, 8], metavar="B")
     add("--seed", type=int, default=0)
     add("--weights", type=Path, metavar="FILE", help="float weights, .safetensors or .pt")
+    add(
+        "--method",
+        choices=["once-qat", "calibrate", "float"],
+        default="once-qat",
+        help="calibrate: choose the grids without training; float: end with the float network",
+    )
     add("--num-train", type=int, metavar="N", help="train on the first N images only")
-    add("--save-every", type=int, metavar="STEPS", help="default: once an epoch")
+    add("--batch-size", type=positive, metavar="N", help="of all processes together")
+    add("--save-every", type=positive, metavar="STEPS", help="default: once an epoch")
     add("--tensorboard", action="store_true", help="log for TensorBoard too")
     place = made.add_argument_group("where it computes")
     place.add_argument("--device", help="cpu, cuda ...; default: a GPU if there is one")
     place.add_argument("--compile", choices=list(COMPILE_MODES), default="none")
     place.add_argument("--amp", action="store_true", help="bfloat16 where that is safe")
     first = made.add_argument_group("float training (defaults: by network)").add_argument
-    first("--float-epochs", type=int, metavar="N")
+    first("--float-epochs", type=positive, metavar="N")
     first("--float-learning-rate", type=float, metavar="X")
     first("--float-weight-decay", type=float, metavar="X")
     then = made.add_argument_group("once-QAT (defaults: by network)").add_argument
-    then("--epochs", type=int, metavar="N")
+    then("--epochs", type=positive, metavar="N")
     then("--learning-rate", type=float, metavar="X")
     then("--weight-decay", type=float, metavar="X")
     then("--balance", choices=BALANCES)
@@ -362,8 +429,15 @@ def parser() -> argparse.ArgumentParser:
     then("--rates", type=by_bit_width, metavar="B=X,...", help="learning rates, as multiples")
     then("--ema-decay", type=float, metavar="X", help="pack a moving average of the weights")
     then("--clip-value", type=float, metavar="X", help="largest entry of a gradient")
-    then("--recalibration-batches", type=int, metavar="N")
+    then("--recalibration-batches", type=positive, metavar="N")
     return made
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def by_bit_width(text: str) -> dict[int, float]:
@@ -384,6 +458,8 @@ def job_of(options: argparse.Namespace) -> Job:
     float_changes = {
         f.name: given[f"float_{f.name}"] for f in fields(Recipe) if f"float_{f.name}" in given
     }
+    if options.batch_size:
+        float_changes["batch_size"] = options.batch_size
     return Job(
         net=options.net,
         bit_widths=checked_bit_widths(options.bit_widths),
@@ -392,6 +468,7 @@ def job_of(options: argparse.Namespace) -> Job:
         recipe=replace(recipe, **changes),
         out=options.out or Path("runs") / f"{options.net}-{options.seed}",
         weights=options.weights,
+        method=options.method,
         save_every=options.save_every,
         to_tensorboard=options.tensorboard,
     )
@@ -405,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if job.to_tensorboard:
             summary_writer_class()  # missed now, not after the float training
     except (plyweight.PlyweightError, LogError) as error:
-        print(f"cifar10: {error}", file=sys.stderr)
+        say(str(error))
         return 2
     try:
         with place_of_this_process(
@@ -414,10 +491,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             data = Cifar10.load(options.data, num_train=options.num_train).to(place.device)
             results = make(job, data, place)
     except Stopped as stopped:
-        print(f"cifar10: {stopped}; give the same command again to go on.", file=sys.stderr)
+        say(f"{stopped}; give the same command again to go on.")
         return 128 + stopped.signal_number  # as shells count
     except KeyboardInterrupt:
-        print("cifar10: interrupted; give the same command again to go on.", file=sys.stderr)
+        say("interrupted; give the same command again to go on.")
         return 130
     except (
         plyweight.PlyweightError,
@@ -427,10 +504,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         ImportError,
         OSError,
     ) as error:
-        print(f"cifar10: {error}", file=sys.stderr)
+        say(str(error))
         return 1
     if results is not None:
-        print(f"{job.artifact}\n{as_table(results)}")
+        print(f"{job.out}\n{as_table(results)}")
     return 0
 
 

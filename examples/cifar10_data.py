@@ -106,9 +106,16 @@ class Cifar10:
         return len(self.train_images) // batch_size
 
     def batch(
-        self, step: int, batch_size: int, *, seed: int, part: int = 0, parts: int = 1
+        self,
+        step: int,
+        batch_size: int,
+        *,
+        seed: int,
+        part: int = 0,
+        parts: int = 1,
+        is_augmented: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """The batch of one step, shuffled by epoch and augmented: normalized images, labels.
+        """The batch of one step, shuffled by epoch: normalized images, labels.
 
         Args:
             step: counted from 0 over all epochs.
@@ -116,6 +123,7 @@ class Cifar10:
             seed: of order and augmentation.
             part: which of ``parts`` equal parts of the batch is wanted.
             parts: how many processes share the batch.
+            is_augmented: whether images are shifted by up to 4 pixels and mirrored at random.
         """
         epoch, index = divmod(step, self.steps_per_epoch(batch_size))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -126,13 +134,18 @@ class Cifar10:
         mirrored = torch.rand(batch_size, generator=generator) < 0.5
         mine = slice(part, None, parts)
         chosen = chosen[mine].to(self.train_images.device)
-        images = augmented(self.train_images[chosen], corners[mine], mirrored[mine])
+        images = self.train_images[chosen]
+        if is_augmented:
+            images = augmented(images, corners[mine], mirrored[mine])
         return normalized(images), self.train_labels[chosen]
 
     def test_batches(
-        self, batch_size: int = 500, *, official: bool = False
+        self, batch_size: int = 125, *, official: bool = False
     ) -> list[tuple[Tensor, Tensor]]:
-        """The test images as they are, normalized."""
+        """The test images as they are, normalized.
+
+        Larger batches are slower on a CPU: tensors of 16 MB and more are no longer kept for reuse.
+        """
         images = self.official_images if official else self.test_images
         labels = self.official_labels if official else self.test_labels
         pairs = zip(images.split(batch_size), labels.split(batch_size), strict=True)

@@ -71,8 +71,6 @@ class Log:
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("steps"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[losses]}"),
         )

@@ -54,6 +54,7 @@ class QuantizedRecipe(Recipe):
         ema_decay: of an exponential moving average of the weights, which is then what is packed;
             None for the weights themselves.
         recalibration_batches: how many batches re-estimate the statistics of batch norms.
+        calibration_batches: how many choose the grids where there is no training.
     """
 
     activations: Literal["match"] | int = "match"
@@ -69,6 +70,7 @@ class QuantizedRecipe(Recipe):
     rates: Mapping[int, float] | None = None
     ema_decay: float | None = None
     recalibration_batches: int = 100
+    calibration_batches: int = 16
 
 
 FLOAT = Recipe(epochs=100, learning_rate=0.1, weight_decay=5e-4)
