@@ -56,8 +56,12 @@ class NormalizedMGDA:
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
         """Coefficients ``(n,)`` of sum 1."""
-        norms = gramian.diagonal().sqrt().clamp_min(torch.finfo(gramian.dtype).tiny)
-        coefficients: Tensor = self._weighting(gramian / torch.outer(norms, norms)) / norms
+        norms = gramian.diagonal().sqrt()
+        norms = torch.where(norms > 0, norms, 1.0)
+        cosines = gramian / torch.outer(norms, norms)
+        # A gradient that is 0 objects to nothing; as the shortest vector it would stop all others.
+        cosines.fill_diagonal_(1.0)
+        coefficients: Tensor = self._weighting(cosines) / norms
         return coefficients / coefficients.sum()
 
 

@@ -1,0 +1,89 @@
+"""Terms about the latent weights alone."""
+
+import pytest
+import torch
+from nets import ConvNet, ZooNet
+from torch import nn
+
+from plyweight.codec import codes_at, decode, encode
+from plyweight.errors import BitWidthError, LayeringError
+from plyweight.nn import prepare
+from plyweight.train import damping_penalty, moment_penalty
+
+
+def linear(weight, bit_widths=(2, 4, 8)):
+    net = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    net.weight.data.copy_(weight)
+    return prepare(nn.Sequential(net), bit_widths)
+
+
+def test_uniform_weights_have_no_moment_penalty_and_gaussian_ones_the_known_one():
+    uniform = torch.linspace(-1, 1, 100_000).view(100, -1)
+    assert moment_penalty(linear(uniform)) < 1e-6
+    gaussian = torch.randn(400, 400, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(  # kurtosis 3, skewness 0; a sample of 160,000 is off by a percent
+        moment_penalty(linear(gaussian)), torch.tensor((3 - 1.8) ** 2), rtol=0.05, atol=0.0
+    )
+
+
+def test_skew_weights_are_penalized():
+    exponential = torch.rand(300, 300, generator=torch.Generator().manual_seed(0)).log().neg()
+    expected = torch.tensor((9.0 - 9.0) ** 2 + 2.0**2)  # its kurtosis is 9, its skewness 2
+    found = moment_penalty(linear(exponential), kurtosis=9.0)
+    torch.testing.assert_close(found, expected, rtol=0.2, atol=0.5)  # heavy tails
+
+
+def test_following_the_moment_penalty_flattens_the_weights():
+    model = linear(torch.randn(50, 50))
+    weight = model[0].latent_weight
+    before = moment_penalty(model).item()
+    for _ in range(20):
+        (gradient,) = torch.autograd.grad(moment_penalty(model), weight)
+        with torch.no_grad():
+            weight -= 5.0 * gradient
+    assert moment_penalty(model) < 0.8 * before
+
+
+@pytest.mark.parametrize("bit_width", [2, 4, 8])
+def test_damping_is_half_the_squared_distance_to_the_centre_of_the_cell(bit_width):
+    model = linear(torch.randn(6, 5))
+    weight, scale = model[0].latent_weight, model[0].weight_quantizer.scale[:, None]
+    level = decode(codes_at(encode(weight, scale), bit_width), bit_width).float()
+    distance = (weight - scale * level) / (scale * 2 ** (8 - bit_width))
+    expected = distance.square().mean() / 2
+    torch.testing.assert_close(damping_penalty(model, bit_width=bit_width), expected)
+
+
+def test_damping_draws_weights_to_the_centres():
+    model = linear(torch.randn(20, 20))
+    weight = model[0].latent_weight
+    before = damping_penalty(model, bit_width=2).item()
+    (gradient,) = torch.autograd.grad(damping_penalty(model, bit_width=2), weight)
+    with torch.no_grad():
+        weight -= 1e-2 * gradient / gradient.abs().max()
+    assert damping_penalty(model, bit_width=2) < before
+
+
+def test_a_pinned_module_is_damped_at_its_own_bit_width():
+    net = nn.Sequential(nn.Linear(5, 6))
+    free, pinned = prepare(net, (2, 8)), prepare(net, (2, 8), pinned={"0": 8})
+    torch.testing.assert_close(
+        damping_penalty(pinned, bit_width=2), damping_penalty(free, bit_width=8)
+    )
+
+
+def test_tied_weights_and_groups_are_counted_once():
+    model = prepare(ZooNet(), (2, 4, 8), group_size=4)
+    count = sum(m.latent_weight.numel() for m in model.modules() if hasattr(m, "latent_weight"))
+    tied = model.embedding.latent_weight
+    assert tied is model.head.latent_weight
+    assert damping_penalty(model, bit_width=4).isfinite()
+    assert moment_penalty(model).isfinite()
+    assert count > tied.numel()
+
+
+def test_what_cannot_be_penalized_is_refused():
+    with pytest.raises(LayeringError, match="no layered modules"):
+        moment_penalty(ConvNet())
+    with pytest.raises(BitWidthError, match="3 bits were asked for"):
+        damping_penalty(prepare(ConvNet(), (2, 4)), bit_width=3)
