@@ -185,9 +185,12 @@ def report(net: str, runs: Path, out: Path, others: Sequence[str]) -> int:
     conditions = found.conditions()
     # All that the parts of it together are, wherever the data lie.
     command = " ".join(
-        ["python benchmarks/accuracy.py --data FOLDER --net", net, "--seeds"]
-        + sorted({str(run.seed) for run in found.results if run.name == "layered"})
-        + ["--compile", conditions["compile"], *(["--", *others] if others else [])]
+        [
+            f"python benchmarks/accuracy.py --data FOLDER --net {net} --seeds",
+            *sorted({str(run.seed) for run in found.results if run.name == "layered"}),
+            f"--compile {conditions['compile']}",
+            *(["--", *others] if others else []),
+        ]
     )
     conditions |= {"command": command, "date": time.strftime("%Y-%m-%d")}
     name = f"accuracy-{net}"
@@ -357,7 +360,7 @@ def draw(net: str, found: Found, rows: list[dict[str, Any]], path: Path) -> None
     axes.axhline(of_float, color="0.6", lw=1, label="float network")
     series = {
         "layered": ("o-", "one artifact, this prefix of it"),
-        "dedicated": ("s--", "a dedicated model of that width"),
+        "dedicated": ("s", "a dedicated model of that width"),
         "calibrated": ("^:", "one artifact, calibrated without training"),
     }
     for name, (style, label) in series.items():

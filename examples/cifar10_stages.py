@@ -267,12 +267,13 @@ def float_stage(net: nn.Module, data: Cifar10, recipe: Recipe, *, seed: int, pla
         with place.autocast():
             loss = F.cross_entropy(shared(images), labels)
         loss.backward()
+        loss = loss.detach()
         if not loss.isfinite():
             raise TrainingError(
                 f"the loss of the float network is {float(loss)} in step {stage.step}. The last "
                 "checkpoint is kept; lower --float-learning-rate."
             )
-        return {"float": loss.detach()}
+        return {"float": loss}
 
     groups = parameter_groups(net, weight_decay=recipe.weight_decay)
     optimizer = _sgd(groups, recipe)

@@ -31,6 +31,7 @@ __all__ = [
     "VersionError",
     "at_bit_width",
     "bit_widths_of",
+    "calibrate",
     "downgrade",
     "inspect",
     "load",
@@ -62,6 +63,7 @@ _HOMES = {
     "VersionError": "plyweight.errors",
     "at_bit_width": "plyweight.nn.bit_width",
     "bit_widths_of": "plyweight.nn.bit_width",
+    "calibrate": "plyweight.train.calibrate",
     "downgrade": "plyweight.loading",
     "inspect": "plyweight.artifact.receipt",
     "load": "plyweight.loading",
@@ -99,6 +101,7 @@ if TYPE_CHECKING:
     from plyweight.nn.swap import prepare
     from plyweight.packing import pack
     from plyweight.train.batch_norm import recalibrate
+    from plyweight.train.calibrate import calibrate
     from plyweight.train.objective import JointObjective
 
     __version__: str

@@ -30,6 +30,7 @@ from plyweight.errors import ArtifactError, BitWidthError, LayeringError, ModelM
 from plyweight.nn.bit_width import set_bit_width
 from plyweight.nn.norm import BATCH_NORM_TENSORS
 from plyweight.nn.packed import PackedModule, PackedWeight
+from plyweight.nn.quantized import BiasByBitWidth
 from plyweight.nn.skeleton import Skeleton
 from plyweight.nn.swap import BATCH_NORMS, LAYERED, PACKED, unwrapped
 from plyweight.quantizers import ActivationQuantizer, WeightQuantizer
@@ -86,7 +87,7 @@ def load(
     held = header.bit_widths[:num_layers]
     if form == "packed":
         _place_packed(skeleton, header, layers[0])
-        _switch_batch_norms(skeleton.model, header, header.bit_widths)
+        _give_rows(skeleton.model, header, header.bit_widths)
         loaded = _Loaded(header, skeleton.model)
         for views in layers:
             loaded.apply(views)
@@ -94,7 +95,7 @@ def load(
         loaded.remember()
     else:
         _place_layered(skeleton, header, layers, held)
-        _switch_batch_norms(skeleton.model, header, held)
+        _give_rows(skeleton.model, header, held)
         loaded = _Loaded(header, skeleton.model)
         for views in layers:
             loaded.apply_side_information(views)
@@ -230,13 +231,18 @@ class _Loaded:
     def _rows(self) -> dict[str, Tensor]:
         """Tensors that have a row for each bit-width, by their name inside a layer."""
         switchable = tuple(BATCH_NORMS.values())
-        return {
-            f"{name}.{leaf}".lstrip("."): tensor
-            for name, module in self.model.named_modules()
-            if isinstance(module, switchable)
-            for leaf in BATCH_NORM_TENSORS
-            if (tensor := getattr(module, leaf)) is not None
-        }
+        rows: dict[str, Tensor] = {}
+        for name, module in self.model.named_modules():
+            prefix = f"{name}." if name else ""
+            if isinstance(module, switchable):
+                leaves: tuple[str, ...] = BATCH_NORM_TENSORS
+            elif isinstance(module, BiasByBitWidth) and module.has_bias_rows:
+                leaves = ("bias",)
+            else:
+                continue
+            tensors = module._parameters | module._buffers
+            rows |= {prefix + leaf: t for leaf in leaves if (t := tensors[leaf]) is not None}
+        return rows
 
 
 def _plain_shapes(header: Header) -> dict[str, tuple[int, ...]]:
@@ -352,20 +358,35 @@ def _check_activations(model: nn.Module, header: Header) -> None:
             )
 
 
-def _switch_batch_norms(model: nn.Module, header: Header, bit_widths: tuple[int, ...]) -> None:
-    """Give every batch norm that has tensors in later layers a row for each bit-width.
+def _give_rows(model: nn.Module, header: Header, bit_widths: tuple[int, ...]) -> None:
+    """Give every batch norm and bias that has tensors in later layers a row for each bit-width.
 
     Where there are no later layers nothing tells, and one row computes what a float one does.
+
+    Raises:
+        ModelMismatchError: If a later layer replaces what has no rows in the model.
     """
+    reserved = roles_of(header.weights, header.activations)
     later = {
-        split_name(entry.name)[1].rpartition(".")[0]
+        name
         for index in range(1, len(header.layers))
         for entry in header.tensors_of(index)
-        if not is_pad(entry.name)
+        if not is_pad(entry.name) and (name := split_name(entry.name)[1]) not in reserved
     }
-    for name, module in list(model.named_modules()):
-        if type(module) in BATCH_NORMS and (name in later or len(header.layers) == 1):
-            BATCH_NORMS[type(module)].from_float(module, bit_widths)
+    for module_name, module in list(model.named_modules()):
+        prefix = f"{module_name}." if module_name else ""
+        if type(module) in BATCH_NORMS:
+            own = later & {prefix + leaf for leaf in BATCH_NORM_TENSORS}
+            if own or len(header.layers) == 1:
+                BATCH_NORMS[type(module)].from_float(module, bit_widths)
+            later -= own
+        elif isinstance(module, BiasByBitWidth) and f"{prefix}bias" in later:
+            module.give_bias_rows()
+            later.remove(f"{prefix}bias")
+    if later:
+        raise ModelMismatchError(
+            artifact_only=[f"{name} by bit-width" for name in sorted(later)], model_only=[]
+        )
 
 
 def _loaded(model: nn.Module) -> _Loaded:

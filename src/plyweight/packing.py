@@ -7,6 +7,7 @@ model and a checkpoint of it make the same file:
     <module>.weight_quantizer.*      clip, gain, groups -> scale, gains
     <module>.input_quantizer.*       clip, offset       -> steps, zero points
     <module>.{running_mean, ...}     rows by bit-width  -> a row in the layer of its bit-width
+    <module>.bias                    the same, where calibration gave it rows
     everything else                                     -> the base layer, as it is
 """
 
@@ -185,6 +186,8 @@ class _Contents:
             if leaf == "weight" and f"{module}weight_quantizer.clip" in state:
                 with _naming(f"{module}weight_quantizer."):
                     contents.weights[key] = _weight(state, module, key)
+            elif leaf == "bias" and tensor.dim() == 2 and f"{module}weight_quantizer.clip" in state:
+                contents.rows[key] = _checked_rows(key, tensor, len(contents.bit_widths))
             else:
                 contents.plain[key] = tensor
         return contents
@@ -299,7 +302,7 @@ def _identity(tensor: Tensor, by_object: bool) -> object:
 
 
 def _checked_rows(name: str, rows: Tensor, num_rows: int) -> Tensor:
-    """What a batch norm has for each bit-width."""
+    """What a batch norm or a bias has for each bit-width."""
     if rows.dim() != 2 or len(rows) != num_rows:
         raise LayeringError(
             f"{name} has shape {tuple(rows.shape)}, but needs a row for each of {num_rows} "

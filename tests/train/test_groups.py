@@ -89,7 +89,7 @@ def test_the_own_rows_of_a_bit_width_move_by_its_factor_with_any_optimizer(optim
             moved = shortened[name][row] - before[name][row]
             full = plain[name][row] - before[name][row]
             # float32 near 1 is 1.2e-7 apart
-                torch.testing.assert_close(moved, factor * full, rtol=1e-4, atol=3e-7)
+            torch.testing.assert_close(moved, factor * full, rtol=1e-4, atol=3e-7)
     assert torch.equal(shortened["conv1.weight"], plain["conv1.weight"])  # shared, so untouched
 
 

@@ -7,6 +7,7 @@ computes with the right values, as with ``torch.nn.utils.parametrize``. The late
 which training updates, is the parameter of that name, ``layered.latent_weight``.
 """
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -14,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plyweight.nn.quantized import (
+    BiasByBitWidth,
     InputQuantizer,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedLinear,
 )
-from plyweight.quantizers import ActivationQuantizer, WeightQuantizer
+from plyweight.quantizers import ActivationQuantizer, Switchable, WeightQuantizer
 
 __all__ = [
     "LayeredConv1d",
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 
-class LayeredModule(nn.Module):
+class LayeredModule(BiasByBitWidth):
     """What layered modules share.
 
     Attributes:
@@ -73,6 +75,17 @@ class LayeredModule(nn.Module):
         return values
 
     weight: Tensor = property(_weight)  # type: ignore[assignment]  # torch declares an attribute
+
+    def _switch(self) -> Switchable:
+        return self.weight_quantizer
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        theirs = state_dict.get(f"{prefix}bias")
+        if isinstance(theirs, Tensor) and theirs.dim() == 2 and self._bias() is not None:
+            self.give_bias_rows()  # a checkpoint of a calibrated model
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class LayeredLinear(LayeredModule, QuantizedLinear):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from plyweight.codec import decode, from_planes, spread
 from plyweight.nn.quantized import (
+    BiasByBitWidth,
     InputQuantizer,
     QuantizedConv1d,
     QuantizedConv2d,
@@ -107,7 +108,7 @@ class PackedWeight(Switchable):
         return f"shape={self.shape}, bit_widths={self.available_bit_widths}"
 
 
-class PackedModule(nn.Module):
+class PackedModule(BiasByBitWidth):
     """What packed modules share.
 
     Attributes:
@@ -139,6 +140,9 @@ class PackedModule(nn.Module):
         return values
 
     weight: Tensor = property(_weight)  # type: ignore[assignment]  # torch declares an attribute
+
+    def _switch(self) -> Switchable:
+        return self.packed_weight
 
 
 class PackedLinear(PackedModule, QuantizedLinear):

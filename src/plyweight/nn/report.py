@@ -10,6 +10,7 @@ from plyweight.nn.bit_width import bit_widths_of
 from plyweight.nn.layered import LayeredModule
 from plyweight.nn.norm import SwitchableBatchNorm1d, SwitchableBatchNorm2d
 from plyweight.nn.packed import PackedModule, PackedWeight
+from plyweight.nn.quantized import BiasByBitWidth
 from plyweight.quantizers import ActivationQuantizer, WeightQuantizer
 
 __all__ = ["KeptModule", "Report", "report"]
@@ -86,6 +87,8 @@ def report(model: nn.Module) -> Report:
         num_own = sum(_size(p) for p in own)
         if isinstance(module, (SwitchableBatchNorm1d, SwitchableBatchNorm2d)):
             num_own //= len(module.model_bit_widths)  # it has a row for each
+        elif isinstance(module, BiasByBitWidth) and module.has_bias_rows:
+            num_own -= sum(_size(p) - p.shape[-1] for p in own if _is_bias_of(module, p))
         num_parameters += num_own
         if isinstance(module, LayeredModule):
             layered.append(name)
@@ -95,6 +98,10 @@ def report(model: nn.Module) -> Report:
         elif all_own and hasattr(module, "kept_float"):
             kept.append(KeptModule(name, type(module).__name__, num_own, str(module.kept_float)))
     return Report(bit_widths, tuple(layered), num_layered, num_parameters, tuple(kept))
+
+
+def _is_bias_of(module: nn.Module, parameter: nn.Parameter) -> bool:
+    return parameter is module._parameters["bias"]
 
 
 def _size(parameter: nn.Parameter) -> int:

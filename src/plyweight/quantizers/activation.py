@@ -29,7 +29,7 @@ from plyweight.errors import LayeringError
 from plyweight.quantizers.rounding import round_ste
 from plyweight.quantizers.switchable import Switchable
 
-__all__ = ["KINDS", "ActivationQuantizer", "ActivationWidths", "activation_widths"]
+__all__ = ["KINDS", "ActivationQuantizer", "ActivationWidths", "activation_widths", "kind_of"]
 
 # How wide activations are: as wide as the weights, one width, or one for each weight bit-width.
 ActivationWidths = Literal["match"] | int | Mapping[int, int]
@@ -67,6 +67,17 @@ def activation_widths(
             "mapping from weight bit-width to activation bit-width."
         )
     return widths
+
+
+def kind_of(lowest: float, largest: float) -> str:
+    """The kind of grid for inputs whose least value and largest magnitude are these."""
+    if largest == 0:
+        return "signed"  # zeros do not say that nothing is ever negative
+    if lowest >= 0:
+        return "unsigned"
+    if lowest >= LOWEST_OFFSET and largest >= OFFSET_RATIO * -lowest:
+        return "offset"
+    return "signed"
 
 
 class ActivationQuantizer(Switchable):
@@ -139,6 +150,14 @@ class ActivationQuantizer(Switchable):
         )
         return values
 
+    def levels_at(self, bit_width: int) -> tuple[float, float, float]:
+        """The lowest and highest level at ``bit_width`` (of the model), and what they are off 0.
+
+        Of kind "offset" they are counted from the lowest.
+        """
+        _, low, high, half = self._tables[self._rows[bit_width]].tolist()
+        return low, high, half
+
     def set_kind(self, kind: str) -> None:
         """Choose the grid: one of ``KINDS``."""
         self.kind = kind
@@ -177,14 +196,7 @@ class ActivationQuantizer(Switchable):
                 "the first batch has NaN or infinite activations, but activation steps start "
                 "from it; give one that the float model can compute."
             )
-        if largest == 0:
-            self.set_kind("signed")  # zeros do not say that nothing is ever negative
-        elif lowest >= 0:
-            self.set_kind("unsigned")
-        elif lowest >= LOWEST_OFFSET and largest >= OFFSET_RATIO * -lowest:
-            self.set_kind("offset")
-        else:
-            self.set_kind("signed")
+        self.set_kind(kind_of(lowest, largest))
         divisor, _, high, half = self._tables.float().unbind(dim=1)
         positive_levels = (high + half).clamp_min(1)
         start = 2 * mean / positive_levels.sqrt()

@@ -48,6 +48,8 @@ class Switchable(nn.Module):
         pinned: the bit-width below which this module never goes, uint8, 0 for none; likewise.
         own_bit_widths: those this module takes, ``max(b, pinned)`` for every ``b``, ascending.
         row: int64 scalar, the position of the current one in ``own_bit_widths``.
+        model_row: int64 scalar, that of ``bit_width`` in ``model_bit_widths``. They differ where
+            the module is pinned: its weight stays the same, but its inputs do not.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("model_bit_widths", "pinned")
@@ -56,6 +58,7 @@ class Switchable(nn.Module):
     model_bit_widths: Tensor
     pinned: Tensor
     row: Tensor
+    model_row: Tensor
     own_bit_widths: tuple[int, ...]
 
     def make_switchable(
@@ -68,6 +71,7 @@ class Switchable(nn.Module):
         self.register_buffer("pinned", torch.tensor(pinned, dtype=torch.uint8, device=device))
         row = torch.zeros((), dtype=torch.long, device=device)
         self.register_buffer("row", row, persistent=False)
+        self.register_buffer("model_row", row.clone(), persistent=False)
         self.own_bit_widths = tuple(sorted({max(b, pinned) for b in widths}))
         self._rows = {b: self.own_bit_widths.index(max(b, pinned)) for b in widths}
         self.switch(widths[-1])
@@ -83,6 +87,7 @@ class Switchable(nn.Module):
             raise BitWidthError(bit_width, stored=tuple(self._rows), where=type(self).__name__)
         self.bit_width = bit_width
         self.row.fill_(self._rows[bit_width])
+        self.model_row.fill_(list(self._rows).index(bit_width))
 
     def row_parameters(self) -> list[nn.Parameter]:
         """The parameters whose first dimension is the own bit-widths: one row for each."""
@@ -90,8 +95,11 @@ class Switchable(nn.Module):
 
     def row_of(self, table: Tensor) -> Tensor:
         """The entry of ``table`` (its first dimension: own bit-widths) for the current one."""
-        # Cloned, for autograd keeps the index and `switch` may come before the backward pass.
-        return table.index_select(0, self.row.clone().view(1)).squeeze(0)
+        return _entry(table, self.row)
+
+    def model_row_of(self, table: Tensor) -> Tensor:
+        """The entry of ``table`` (its first dimension: bit-widths of the model) for this one."""
+        return _entry(table, self.model_row)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -104,3 +112,8 @@ class Switchable(nn.Module):
                     model_only=[f"{prefix}{name} = {listed(mine.flatten().tolist())}"],
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _entry(table: Tensor, position: Tensor) -> Tensor:
+    # Cloned, for autograd keeps the index and `switch` may come before the backward pass.
+    return table.index_select(0, position.clone().view(1)).squeeze(0)

@@ -137,6 +137,16 @@ class WeightQuantizer(Switchable):
         gain = torch.stack(rows).to(self.gain)
         self.gain = nn.Parameter(gain, requires_grad=self.gain.requires_grad)
 
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        theirs = state_dict.get(f"{prefix}gain")
+        by_channel = (len(self.own_bit_widths), *self.clip.shape)
+        if isinstance(theirs, Tensor) and theirs.shape == by_channel != self.gain.shape:
+            gain = torch.ones(by_channel, dtype=self.gain.dtype, device=self.gain.device)
+            self.gain = nn.Parameter(gain, requires_grad=self.gain.requires_grad)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _spread(self, scale: Tensor, weight: Tensor) -> Tensor:
         result: Tensor = spread(scale, tuple(weight.shape), self._group_size)
         return result

@@ -2,6 +2,7 @@
 
 from plyweight.train.balance import Balance, NormalizedMGDA
 from plyweight.train.batch_norm import recalibrate
+from plyweight.train.calibrate import calibrate
 from plyweight.train.groups import RateByBitWidth, parameter_groups
 from plyweight.train.objective import JointObjective, soft_cross_entropy
 from plyweight.train.penalties import damping_penalty, moment_penalty
@@ -15,6 +16,7 @@ __all__ = [
     "RateByBitWidth",
     "Sampler",
     "Sandwich",
+    "calibrate",
     "damping_penalty",
     "moment_penalty",
     "parameter_groups",

@@ -15,7 +15,7 @@ from plyweight.errors import LayeringError
 from plyweight.nn.bit_width import at_bit_width, bit_widths_of
 from plyweight.nn.norm import switchable_batch_norms
 
-__all__ = ["recalibrate"]
+__all__ = ["check_arguments", "inputs_of", "recalibrate"]
 
 
 @torch.no_grad()
@@ -42,12 +42,12 @@ def recalibrate(
         LayeringError: If the model has no bit-widths, an argument is wrong, or the loader gives
             no batch or one of a kind that is not known.
     """
-    _check_arguments(model, loader, num_batches, forward)
+    check_arguments(model, loader, num_batches, forward)
     bit_widths = bit_widths_of(model)
     norms = switchable_batch_norms(model)
     if not norms:
         return
-    run = forward or (lambda batch: model(_inputs(batch)))
+    run = forward or (lambda batch: model(inputs_of(batch)))
     was_training = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     model.eval()
@@ -75,7 +75,12 @@ def recalibrate(
         raise LayeringError("the loader gave no batch; recalibrate needs at least one.")
 
 
-def _check_arguments(model: object, loader: object, num_batches: object, forward: object) -> None:
+def check_arguments(model: object, loader: object, num_batches: object, forward: object) -> None:
+    """Whether these are what :func:`recalibrate` and ``calibrate`` take.
+
+    Raises:
+        LayeringError: If one is not.
+    """
     if not isinstance(model, nn.Module):
         raise LayeringError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
     if not isinstance(loader, Iterable):
@@ -86,12 +91,17 @@ def _check_arguments(model: object, loader: object, num_batches: object, forward
         raise LayeringError(f"forward is {forward!r}; give a function of a batch, or None.")
 
 
-def _inputs(batch: Any) -> Any:
+def inputs_of(batch: Any) -> Any:
+    """What the model takes of ``batch``.
+
+    Raises:
+        LayeringError: If it is neither a tensor nor a tuple or list that begins with the input.
+    """
     if isinstance(batch, Tensor):
         return batch
     if isinstance(batch, (tuple, list)) and batch:
         return batch[0]
     raise LayeringError(
-        f"the loader gave a {type(batch).__name__}; recalibrate takes tensors and tuples that "
+        f"the loader gave a {type(batch).__name__}; give batches that are tensors, or tuples that "
         "begin with the input, or give forward=lambda batch: model(...)."
     )
