@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plyweight.nn import prepare
+from plyweight.nn.layered import LayeredModule
 from plyweight.train import JointObjective, recalibrate
 
 ALL_BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -56,6 +57,21 @@ class ZooNet(nn.Module):
         x = self.bn1d(self.conv1d(x)).transpose(1, 2)[:, :12]
         x = self.encoder(x + self.embedding(self.positions))
         return self.head(self.norm(x.mean(dim=1)))
+
+
+def with_rows(model: nn.Module) -> nn.Module:
+    """``model`` with a bias for each bit-width and a gain for each channel, as calibrated."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LayeredModule) and module.bias is not None:
+                rows = module.give_bias_rows()
+                rows += torch.randn(rows.shape, generator=generator) / 4
+                quantizer = module.weight_quantizer
+                shape = len(quantizer.own_bit_widths), *quantizer.clip.shape
+                gain = 1 + torch.rand(shape, generator=generator) / 4
+                quantizer.gain = nn.Parameter(gain)
+    return model
 
 
 def batch(num_classes: int = 5) -> tuple[Tensor, Tensor]:

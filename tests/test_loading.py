@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from nets import ALL_BIT_WIDTHS, ConvNet, ZooNet, batch, trained
+from nets import ALL_BIT_WIDTHS, ConvNet, ZooNet, batch, trained, with_rows
 from torch import nn
 
 from plyweight.artifact import ArtifactReader, ByteRange, MemorySource, inspect
@@ -46,6 +46,9 @@ ZOO_OPTIONS = {
     },
     "float activations": {"activations": None},
 }
+for options in (OPTIONS, ZOO_OPTIONS):
+    options["rows"] = {"adapt": with_rows}
+    options["rows, groups and pins"] = {"adapt": with_rows, **options["groups and pins"]}
 CASES = [(ConvNet, o) for o in OPTIONS.values()] + [(ZooNet, o) for o in ZOO_OPTIONS.values()]
 IDS = [f"{net} {name}" for net in ("ConvNet", "ZooNet") for name in OPTIONS]
 
@@ -55,7 +58,9 @@ class Packed:
 
     def __init__(self, net, options, folder):
         self.net = net
-        self.model = trained(net(), **options)
+        options = dict(options)
+        adapt = options.pop("adapt", lambda model: model)
+        self.model = adapt(trained(net(), **options))
         self.path = folder / "net.layered.safetensors"
         self.receipt = pack(self.model, self.path)
         self.data = self.path.read_bytes()

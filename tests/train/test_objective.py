@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from plyweight.errors import BitWidthError, LayeringError
+from plyweight.errors import BitWidthError, LayeringError, LossError
 from plyweight.nn import at_bit_width, prepare, set_bit_width
 from plyweight.train import JointObjective, Sandwich, soft_cross_entropy
 
@@ -495,3 +495,97 @@ def test_a_width_is_visited_once_however_often_it_is_chosen():
     JointObjective(model, F.cross_entropy, sampling=sampler).backward(*data())
     by_hand(other, {2: 0.5, 8: 0.5}, soft_cross_entropy)
     assert_same_gradients(model, other, rtol=0, atol=0)
+
+
+def test_a_float_teacher_teaches_the_widest_and_only_that():
+    model, other = prepared(), prepared()
+    torch.manual_seed(9)
+    teacher = Net().eval()
+    objective = JointObjective(model, F.cross_entropy, teacher=teacher)
+    objective.backward(*data())
+    images, labels = data()
+    with torch.no_grad():
+        logits_above = teacher(images)
+    for bit_width in (8, 4, 2):
+        with at_bit_width(other, bit_width):
+            logits = other(images)
+            loss = F.cross_entropy(logits, labels) + soft_cross_entropy(logits, logits_above)
+            (loss / 3).backward()
+            logits_above = logits.detach()
+    assert_same_gradients(model, other, rtol=1e-6, atol=1e-9)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": Net()}, "the teacher is in training mode; call teacher.eval"),
+        ({"teacher": "resnet"}, "give a network or a function of inputs"),
+        ({"teacher": Net().eval(), "distillation": None}, "but distillation is None"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused(options, message):
+    with pytest.raises(LayeringError, match=message):
+        JointObjective(prepared(), F.cross_entropy, **options)
+
+
+def test_a_teacher_needs_the_inputs_that_a_closure_hides():
+    model = prepared()
+    objective = JointObjective(model, F.cross_entropy, teacher=Net().eval())
+    with pytest.raises(LayeringError, match="which a closure hides"):
+        objective.backward(lambda: model(data()[0]).mean())
+
+
+def test_a_nan_loss_stops_with_the_step_the_width_and_the_module_named():
+    model = prepared()
+    objective = JointObjective(model, F.cross_entropy)
+    images, labels = data()
+    objective.backward(images, labels)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        model.hidden.bias.fill_(float("nan"))
+    with pytest.raises(
+        LossError, match=r"the loss at 8 bits is nan in step 1\. .*'hidden'"
+    ) as found:
+        objective.backward(images, labels)
+    assert (found.value.step, found.value.bit_width, found.value.module) == (1, 8, "hidden")
+    assert torch.equal(model.head.latent_weight, before["head.weight"])  # no step was taken
+
+
+def test_a_loss_that_only_a_narrow_width_loses_names_that_width():
+    model = prepared()
+    with torch.no_grad():
+        model.hidden.weight_quantizer.gain[0] = float("inf")
+    with pytest.raises(LossError, match="the loss at 2 bits is") as found:
+        JointObjective(model, F.cross_entropy).backward(*data())
+    assert found.value.module == "hidden.weight_quantizer"
+
+
+def test_a_criterion_that_is_not_finite_is_told_apart_from_the_modules():
+    objective = JointObjective(prepared(), lambda x, y: (x - x).mean() / 0.0, distillation=None)
+    with pytest.raises(LossError, match="it comes from the criterion or the targets") as found:
+        objective.backward(*data())
+    assert found.value.module is None
+
+
+def test_looking_for_the_module_leaves_hooks_and_statistics_as_they_were():
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+    model = prepare(net, (2, 8))
+    JointObjective(model, F.cross_entropy).backward(*data())
+    with torch.no_grad():
+        model[3].bias.fill_(float("inf"))
+    with pytest.raises(LossError, match="'3'"):
+        JointObjective(model, F.cross_entropy).backward(*data())
+    assert model[1].running_mean.isfinite().all()
+    assert model[1].num_batches_tracked.tolist() == [2, 2]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_resumed_objective_counts_its_steps_on():
+    objective = JointObjective(prepared(), F.cross_entropy)
+    for _ in range(3):
+        objective.backward(*data())
+    resumed = JointObjective(prepared(), F.cross_entropy)
+    resumed.load_state_dict(objective.state_dict())
+    assert resumed.num_steps == 3
