@@ -88,9 +88,7 @@ def step_of(name: str, options: argparse.Namespace) -> Step:
         def backward() -> object:
             return F.cross_entropy(compiled(images), labels).backward()
     else:
-        objective = plyweight.JointObjective(
-            compiled, F.cross_entropy, **ONCE_QAT.get(name, {})
-        )
+        objective = plyweight.JointObjective(compiled, F.cross_entropy, **ONCE_QAT.get(name, {}))
 
         def backward() -> object:
             return objective.backward(images, labels)

@@ -1,8 +1,9 @@
 """Parameter groups: what decays, what does not, and how fast each bit-width's own rows learn.
 
 Weight decay pulls towards zero, which for a clip, a step or a gain means "quantize more coarsely",
-and for a batch norm's scale nothing good either; so only weights decay. Sources: Double Rounding's
-adaptive learning rate scaling (2025) lowers the rate of scales at narrow bit-widths.
+and for a batch norm's scale nothing good either; so only weights decay. That narrow bit-widths may
+need lower rates for their scales is the finding of Huang et al., "Nearly Lossless Adaptive Bit
+Switching" (arXiv 2502.01199).
 """
 
 from collections.abc import Iterable, Mapping
