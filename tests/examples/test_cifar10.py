@@ -331,7 +331,7 @@ def test_two_processes_share_every_batch_and_come_to_the_same_artifact(pictures,
     artifacts = []
     for name in ("first", "second"):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command += ["--master-port", "0", str(EXAMPLES / "cifar10.py"), *QUICK]
+        command += ["--standalone", str(EXAMPLES / "cifar10.py"), *QUICK]
         command += ["--data", str(pictures), "--out", str(tmp_path / name), "--balance", "mgda"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
