@@ -7,9 +7,8 @@
 ResNet-8, five epochs of once-QAT on 12,800 CIFAR-10 training images from one float network, widths
 8, 6, 4, 3, 2, activations as wide as the weights, first and last module at 8 bits, bfloat16
 autocast in training, batch norms measured again at the end; accuracy in float32 on 10,000 images
-that were not trained on. Each variant differs
-from "mean", the default, in the one thing its name says. A run is kept as soon as it is over, and
-not repeated.
+that were not trained on. Each variant differs from "mean", the default, in the one thing its name
+says. A run is kept as soon as it is over, and not repeated.
 """
 
 import argparse
@@ -57,6 +56,7 @@ class Variant:
     options: dict = field(default_factory=dict)
     has_teacher: bool = False
     decays_all: bool = False
+    batch_norm: str = "private"
     learns_gains: bool = True
     moments: float = 0.0
     damping: float = 0.0
@@ -77,6 +77,7 @@ VARIANTS = {
     "sandwich": Variant("widest, narrowest, one between", {"sampling": "sandwich"}),
     "gains": Variant("gains as they start, not learned", learns_gains=False),
     "decay": Variant("weight decay on scales, norms and biases too", decays_all=True),
+    "shared": Variant("one batch norm for all, moment-matched gains", batch_norm="shared"),
     "moments": Variant("kurtosis to 1.8, skewness to 0 (x 0.01)", moments=0.01),
     "damping": Variant("oscillation damping at 2 bits (x 0.1), last fifth", damping=0.1),
     "rates": Variant("own rows of 3 and 2 bits at 0.5 and 0.25", rates={3: 0.5, 2: 0.25}),
@@ -140,7 +141,9 @@ def run(name: str, seed: int, float_net: nn.Module, data: Cifar10) -> Result:
     torch.manual_seed(seed)
     float_net = float_net.eval()
     pinned = dict.fromkeys(FIRST_AND_LAST, 8)
-    model = plyweight.prepare(float_net, BIT_WIDTHS, pinned=pinned).train()
+    model = plyweight.prepare(
+        float_net, BIT_WIDTHS, pinned=pinned, batch_norm=variant.batch_norm
+    ).train()
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     if not variant.learns_gains:
         for module in model.modules():

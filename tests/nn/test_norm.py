@@ -4,9 +4,19 @@ import copy
 
 import pytest
 import torch
+from nets import ConvNet, trained
+from nets import batch as images_and_labels
 from torch import nn
 
-from plyweight.nn import SwitchableBatchNorm1d, SwitchableBatchNorm2d
+from plyweight import load, pack, recalibrate
+from plyweight.errors import LayeringError
+from plyweight.nn import (
+    SwitchableBatchNorm1d,
+    SwitchableBatchNorm2d,
+    at_bit_width,
+    prepare,
+    report,
+)
 
 WIDTHS = (2, 4, 8)
 OPTIONS = [
@@ -143,3 +153,47 @@ def test_printing_shows_the_bit_widths():
     text = str(switchable(batch_norm(2)))
     assert text.startswith("SwitchableBatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True")
     assert text.endswith("bit_widths=(2, 4, 8))")
+
+
+def test_a_shared_batch_norm_stays_the_float_module_and_is_named_so():
+    net = nn.Sequential(nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3))
+    model = prepare(net, (2, 4, 8), batch_norm="shared")
+    assert type(model[1]) is nn.BatchNorm2d
+    assert "1 (BatchNorm2d, 6 parameters): one batch norm is shared" in str(report(model))
+    with pytest.raises(LayeringError, match="batch_norm is 'none'; give 'private' or 'shared'"):
+        prepare(net, (2, 4, 8), batch_norm="none")
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_where_a_batch_norm_is_shared_weights_keep_their_second_moment_at_every_width(group_size):
+    net = nn.Sequential(nn.Conv2d(8, 5, 3, bias=False), nn.BatchNorm2d(5))
+    model = prepare(net, (1, 2, 3, 8), group_size=group_size, batch_norm="shared")
+    latent = model[0].latent_weight
+    for bit_width in (1, 2, 3, 8):
+        with at_bit_width(model, bit_width):
+            moments = [w.detach().square().sum(dim=(1, 2, 3)) for w in (latent, model[0].weight)]
+        torch.testing.assert_close(*moments)
+
+
+def test_a_shared_batch_norm_is_measured_over_all_bit_widths():
+    net = nn.Sequential(nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3))
+    model = prepare(net, (2, 8), batch_norm="shared", activations=None)
+    batches = [torch.randn(4, 2, 3, 3) + 1 for _ in range(3)]
+    recalibrate(model, batches)
+    means = []
+    for bit_width in (2, 8):
+        with torch.no_grad(), at_bit_width(model, bit_width):
+            means += [model[0](batch).mean(dim=(0, 2, 3)) for batch in batches]
+    torch.testing.assert_close(model[1].running_mean, torch.stack(means).mean(dim=0))
+
+
+def test_a_net_with_shared_batch_norms_is_packed_loaded_and_smaller(tmp_path):
+    images, _ = images_and_labels()
+    sizes, model = {}, None
+    for kind in ("private", "shared"):
+        model = trained(ConvNet(), (2, 4, 8), batch_norm=kind)
+        sizes[kind] = pack(model, tmp_path / f"{kind}.safetensors").layers[-1].total_bytes
+    loaded = load(tmp_path / "shared.safetensors", ConvNet(), bit_width=2)
+    with torch.no_grad(), at_bit_width(model, 2):
+        assert torch.equal(loaded(images), model(images))
+    assert sizes["shared"] < sizes["private"]

@@ -14,12 +14,22 @@ from torch import Tensor, nn
 
 from plyweight.quantizers import Switchable
 
-__all__ = ["BATCH_COUNT", "BATCH_NORM_TENSORS", "SwitchableBatchNorm1d", "SwitchableBatchNorm2d"]
+__all__ = [
+    "BATCH_COUNT",
+    "BATCH_NORM_TENSORS",
+    "SHARED",
+    "SwitchableBatchNorm1d",
+    "SwitchableBatchNorm2d",
+    "shared_batch_norms",
+    "switchable_batch_norms",
+]
 
 # What a batch norm has of its own at each bit-width, by its names in a state dict, and the count
 # of batches, which matters to nobody but a cumulative average in progress: it is not shipped.
 BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 BATCH_COUNT = "num_batches_tracked"
+# Why a batch norm stayed a float module although its neighbours are layered.
+SHARED = "one batch norm is shared by all bit-widths"
 
 
 class _SwitchableBatchNorm(Switchable, nn.modules.batchnorm._BatchNorm):
@@ -106,4 +116,13 @@ def switchable_batch_norms(model: nn.Module) -> list[Any]:
         m
         for m in model.modules()
         if isinstance(m, _SwitchableBatchNorm) and m.running_mean is not None
+    ]
+
+
+def shared_batch_norms(model: nn.Module) -> list[Any]:
+    """The batch norms of ``model`` that serve all bit-widths alike, with running statistics."""
+    return [
+        m
+        for m in model.modules()
+        if getattr(m, "kept_float", None) == SHARED and m.running_mean is not None
     ]

@@ -7,7 +7,7 @@ named with its reason by :func:`plyweight.report`.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from plyweight.nn.layered import (
     LayeredModule,
     transpose_to_linear,
 )
-from plyweight.nn.norm import SwitchableBatchNorm1d, SwitchableBatchNorm2d
+from plyweight.nn.norm import SHARED, SwitchableBatchNorm1d, SwitchableBatchNorm2d
 from plyweight.nn.packed import (
     PackedConv1d,
     PackedConv2d,
@@ -73,6 +73,7 @@ def prepare(
     group_size: int | None = None,
     pinned: Mapping[str, int] | None = None,
     exclude: Iterable[str] = (),
+    batch_norm: Literal["private", "shared"] = "private",
 ) -> nn.Module:
     """A copy of ``model`` that computes at every one of ``bit_widths``, ready to train.
 
@@ -91,6 +92,9 @@ def prepare(
         pinned: ``{name: bit_width}``: this module, or everything in it, never goes below; "" is
             the model.
         exclude: names of modules that stay float, with everything in them.
+        batch_norm: "private": statistics and affine parameters per bit-width. "shared": one for
+            all, half the bytes, and gains per output channel that give the quantized weights of a
+            channel the second moment of its latent ones.
 
     Raises:
         LayeringError: If an option is wrong or contradicts the model, a weight is not finite, or
@@ -104,6 +108,8 @@ def prepare(
         exclude = (exclude,)
     exclude = tuple(exclude)
     _check_options(model, bit_widths, activations, group_size, pinned, exclude)
+    if batch_norm not in ("private", "shared"):
+        raise LayeringError(f"batch_norm is {batch_norm!r}; give 'private' or 'shared'.")
     if any(isinstance(module, Switchable) for module in model.modules()):
         raise LayeringError("the model is layered already; prepare the float model instead.")
     layered = copy.deepcopy(model)
@@ -131,6 +137,8 @@ def prepare(
             weight_quantizers[id(weight)] = WeightQuantizer(
                 weight, bit_widths, group_size=group_size, pinned=floor
             )
+            if batch_norm == "shared":
+                weight_quantizers[id(weight)].match_moments(weight)
         inputs = None
         if activations is not None and not isinstance(module, nn.Embedding):
             inputs = ActivationQuantizer(
@@ -139,7 +147,10 @@ def prepare(
         LAYERED[type(module)].from_float(module, weight_quantizers[id(weight)], inputs)
     for module in list(layered.modules()):
         if type(module) in BATCH_NORMS and not hasattr(module, "kept_float"):
-            BATCH_NORMS[type(module)].from_float(module, bit_widths)
+            if batch_norm == "shared":
+                _keep_float(module, SHARED)
+            else:
+                BATCH_NORMS[type(module)].from_float(module, bit_widths)
     return layered
 
 

@@ -120,6 +120,25 @@ class WeightQuantizer(Switchable):
                 self.gain[row] = torch.where(fit > 0, fit, 1.0)
 
     @torch.no_grad()
+    def match_moments(self, weight: Tensor) -> None:
+        """Give each scale a gain of its own at every bit-width, at the weights' second moment.
+
+        ``gain_b = sqrt(sum w^2 / sum v_b^2)`` over the weights of a scale, in the place of the
+        batch norm per bit-width that would undo another spread. Their mean needs nothing: signs
+        are kept, and what is rounded off is alike on both sides of zero.
+        """
+        scale = self._spread(self.scale, weight)
+        codes = encode(weight, scale)
+        energy = _per_scale(weight.float().square(), self.clip.shape, self._group_size)
+        rows = []
+        for bit_width in self.own_bit_widths:
+            values = decode(codes_at(codes, bit_width), bit_width).float() * scale
+            quantized = _per_scale(values.square(), self.clip.shape, self._group_size)
+            is_positive = (energy > 0) & (quantized > 0)
+            rows.append(torch.where(is_positive, energy / quantized, 1.0).sqrt())
+        self.gain = nn.Parameter(torch.stack(rows), requires_grad=self.gain.requires_grad)
+
+    @torch.no_grad()
     def set_grid(self, scale: Tensor, gains: Mapping[int, Tensor]) -> None:
         """Take the scale and gains of a file.
 
@@ -156,6 +175,15 @@ class WeightQuantizer(Switchable):
         pinned = f", pinned={int(self.pinned)}" if self.pinned else ""
         group = f", group_size={self._group_size}" if self._group_size else ""
         return f"bit_widths={self.available_bit_widths}{pinned}{group}"
+
+
+def _per_scale(values: Tensor, shape: torch.Size, group_size: int | None) -> Tensor:
+    """The sum over the weights ``(out, in, ...)`` that share a scale, in the scales' ``shape``."""
+    if group_size is None or len(shape) == 1:
+        return values.flatten(start_dim=1).sum(dim=1) if values.dim() > 1 else values
+    inputs = values.flatten(start_dim=2).sum(dim=2) if values.dim() > 2 else values
+    padded = nn.functional.pad(inputs, (0, -inputs.shape[1] % group_size))
+    return padded.unflatten(1, (-1, group_size)).sum(dim=2)
 
 
 def scale_of(clip: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from plyweight.errors import LayeringError
 from plyweight.nn.bit_width import at_bit_width, bit_widths_of
-from plyweight.nn.norm import switchable_batch_norms
+from plyweight.nn.norm import shared_batch_norms, switchable_batch_norms
 
 __all__ = ["check_arguments", "inputs_of", "recalibrate"]
 
@@ -28,12 +28,13 @@ def recalibrate(
 ) -> None:
     """Measure the running statistics of every switchable batch norm at every bit-width.
 
+    One that is shared by the bit-widths takes the mean over all of them.
     Only batch norms compute as in training; dropout and the rest are as in evaluation. Each batch
     is seen by all bit-widths, so the loader is read once. The model keeps its mode and bit-width,
     also when the loader fails midway; the statistics are then those of the batches so far.
 
     Args:
-        model: a layered model; one without switchable batch norms is left as it is.
+        model: a layered model; one whose batch norms all stayed float is left as it is.
         loader: gives batches: a tensor, or a tuple or list whose first item is the input.
         num_batches: how many to use; None for all.
         forward: ``forward(batch)`` runs the model on a batch of any other kind.
@@ -44,7 +45,8 @@ def recalibrate(
     """
     check_arguments(model, loader, num_batches, forward)
     bit_widths = bit_widths_of(model)
-    norms = switchable_batch_norms(model)
+    switchable, shared = switchable_batch_norms(model), shared_batch_norms(model)
+    norms = [*switchable, *shared]
     if not norms:
         return
     run = forward or (lambda batch: model(inputs_of(batch)))
@@ -59,10 +61,13 @@ def recalibrate(
         # Eager, for a cumulative average reads its count in Python.
         with torch.compiler.set_stance("force_eager"):
             for batch in islice(loader, num_batches):
+                if is_first:
+                    for norm in shared:
+                        norm.reset_running_stats()
                 for bit_width in bit_widths:
                     with at_bit_width(model, bit_width):
                         if is_first:
-                            for norm in norms:
+                            for norm in switchable:
                                 norm.reset_row()
                         run(batch)
                 is_first = False
