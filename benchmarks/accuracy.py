@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT.parent / "examples"))
 import cifar10
 import numpy as np
 import torch
+from cifar10_nets import NETS
 
 from plyweight.artifact import publish_atomically
 
@@ -122,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--data", type=Path, metavar="FOLDER", help="CIFAR-10")
-    made.add_argument("--net", choices=list(cifar10.NETS), default="resnet8")
+    made.add_argument("--net", choices=list(NETS), default="resnet8")
     made.add_argument("--seeds", type=int, nargs="+", default=[0])
     made.add_argument("--dedicated", type=int, nargs="*", default=[8, 2], metavar="B")
     made.add_argument("--only", type=Run.parse, nargs="+", metavar="NAME:SEED")

@@ -6,6 +6,7 @@ epoch: what a killed run had logged beyond its last checkpoint does not stay beh
 
 import csv
 import io
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -17,13 +18,12 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 from plyweight.artifact import publish_atomically
 
-__all__ = ["History", "Log", "LogError"]
+__all__ = ["History", "Log", "LogError", "say", "summary_writer_class"]
 
 # A row for each epoch: "epoch", "step", "seconds", "learning_rate", "loss/2", "accuracy/2" ...
 History = list[dict[str, float]]
@@ -163,3 +163,8 @@ def summary_writer_class() -> Any:
             "pip install tensorboard, or leave the option away: the CSV files hold the same."
         ) from error
     return SummaryWriter
+
+
+def say(sentence: str) -> None:
+    """To whoever waits at the terminal; results go to stdout."""
+    print(f"cifar10: {sentence}", file=sys.stderr)

@@ -11,7 +11,10 @@ from pathlib import Path
 import cifar10
 import pytest
 import torch
-from cifar10_checkpoints import read_checkpoint
+from cifar10_checkpoints import CheckpointError, read_checkpoint
+from cifar10_data import Cifar10
+from cifar10_jobs import accuracy, predictions
+from cifar10_nets import NETS
 from cifar10_stages import Stage
 from examples.pictures import write_pictures
 from safetensors.torch import load_file, save_file
@@ -86,15 +89,15 @@ def test_the_results_are_those_of_the_artifact_loaded_at_every_bit_width(picture
     results = json.loads((unbroken / "results.json").read_text())
     assert results["num_images"] == {"held_out": 32, "official": 32}
     assert [row["bit_width"] for row in results["widths"]] == [2, 4, 8]
-    data = cifar10.Cifar10.load(pictures)
+    data = Cifar10.load(pictures)
     for row in results["widths"]:
-        net = cifar10.NETS["resnet8"](10)
+        net = NETS["resnet8"](10)
         path = unbroken / "resnet8.layered.safetensors"
         loaded = plyweight.load(path, net, bit_width=row["bit_width"])
         for kind, official in (("held_out", False), ("official", True)):
             batches = data.test_batches(official=official)
-            predicted = cifar10.predictions(loaded, batches)
-            assert cifar10.accuracy(predicted, batches) == row[kind]
+            predicted = predictions(loaded, batches)
+            assert accuracy(predicted, batches) == row[kind]
 
 
 def test_the_network_learns_at_every_bit_width(unbroken):
@@ -186,7 +189,7 @@ def test_a_damaged_file_of_a_run_is_named(name, pictures, out, capsys):
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
     torch.save({"configuration": {}, "state": print}, tmp_path / "float.pt")
-    with pytest.raises(cifar10.CheckpointError, match="not a checkpoint"):
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
         read_checkpoint(tmp_path / "float.pt", {})
 
 
@@ -245,14 +248,14 @@ def test_more_classes_than_the_network_has_are_refused(tmp_path, out, capsys):
 
 
 def test_weights_of_another_number_of_classes_are_refused(pictures, tmp_path, out, capsys):
-    save_file(cifar10.NETS["resnet8"](100).state_dict(), tmp_path / "hundred.safetensors")
+    save_file(NETS["resnet8"](100).state_dict(), tmp_path / "hundred.safetensors")
     assert run(pictures, out, "--weights", str(tmp_path / "hundred.safetensors")) == 1
     said = capsys.readouterr().err
     assert "linear.bias is (100,) there and (10,) here" in said
 
 
 def test_weights_of_another_network_are_refused(pictures, tmp_path, out, capsys):
-    torch.save(cifar10.NETS["resnet20"](10).state_dict(), tmp_path / "twenty.pt")
+    torch.save(NETS["resnet20"](10).state_dict(), tmp_path / "twenty.pt")
     assert run(pictures, out, "--weights", str(tmp_path / "twenty.pt")) == 1
     assert "is not of this ResNet8" in capsys.readouterr().err
 
@@ -267,7 +270,7 @@ def test_weights_that_cannot_be_read_are_named(name, pictures, tmp_path, out, ca
 
 def test_float_weights_are_kept_and_serve_a_run_of_other_bit_widths(pictures, unbroken, out):
     weights = unbroken / "float.safetensors"
-    net = cifar10.NETS["resnet8"](10)
+    net = NETS["resnet8"](10)
     net.load_state_dict(load_file(weights))
     assert run(pictures, out, "--weights", str(weights), "--bit-widths", "8", "--epochs", "1") == 0
     assert not (out / "float.csv").exists()
@@ -341,7 +344,7 @@ def test_two_processes_share_every_batch_and_come_to_the_same_artifact(pictures,
 
 
 def test_any_network_of_the_example_is_prepared_and_pinned_alike():
-    for make_net in cifar10.NETS.values():
+    for make_net in NETS.values():
         model = plyweight.prepare(make_net(10), (2, 8), pinned={"conv1": 8, "linear": 8})
         assert plyweight.bit_widths_of(model) == (2, 8)
         assert int(model.linear.weight_quantizer.pinned) == 8

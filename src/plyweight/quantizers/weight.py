@@ -183,7 +183,8 @@ def _per_scale(values: Tensor, shape: torch.Size, group_size: int | None) -> Ten
         return values.flatten(start_dim=1).sum(dim=1) if values.dim() > 1 else values
     inputs = values.flatten(start_dim=2).sum(dim=2) if values.dim() > 2 else values
     padded = nn.functional.pad(inputs, (0, -inputs.shape[1] % group_size))
-    return padded.unflatten(1, (-1, group_size)).sum(dim=2)
+    groups: Tensor = padded.unflatten(1, (-1, group_size))
+    return groups.sum(dim=2)
 
 
 def scale_of(clip: Tensor) -> Tensor:
