@@ -76,7 +76,8 @@ class LayeredModule(BiasByBitWidth):
 
     weight: Tensor = property(_weight)  # type: ignore[assignment]  # torch declares an attribute
 
-    def _switch(self) -> Switchable:
+    def switch_of_bias(self) -> Switchable:
+        """The weight, which knows the current bit-width."""
         return self.weight_quantizer
 
     def _load_from_state_dict(

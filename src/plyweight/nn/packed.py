@@ -141,7 +141,8 @@ class PackedModule(BiasByBitWidth):
 
     weight: Tensor = property(_weight)  # type: ignore[assignment]  # torch declares an attribute
 
-    def _switch(self) -> Switchable:
+    def switch_of_bias(self) -> Switchable:
+        """The weight, which knows the current bit-width."""
         return self.packed_weight
 
 

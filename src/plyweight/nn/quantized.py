@@ -30,7 +30,7 @@ class BiasByBitWidth(nn.Module):
     are those of the *model's* bit-widths: the weight of a pinned module stays, its inputs do not.
     """
 
-    def _switch(self) -> Switchable:
+    def switch_of_bias(self) -> Switchable:
         """What knows the current bit-width."""
         raise NotImplementedError
 
@@ -39,7 +39,7 @@ class BiasByBitWidth(nn.Module):
         bias = self._parameters.get("bias")
         if bias is None or bias.dim() == 1:
             return bias
-        return self._switch().model_row_of(bias)
+        return self.switch_of_bias().model_row_of(bias)
 
     bias: Any = property(_bias)  # torch declares a parameter in one class, a tensor in another
 
@@ -57,7 +57,7 @@ class BiasByBitWidth(nn.Module):
         bias = self._parameters["bias"]
         assert bias is not None
         if bias.dim() == 1:
-            num_rows = len(self._switch().model_bit_widths)
+            num_rows = len(self.switch_of_bias().model_bit_widths)
             rows = bias.detach().expand(num_rows, -1).clone()
             bias = nn.Parameter(rows, requires_grad=bias.requires_grad)
             self._parameters["bias"] = bias

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from plyweight.errors import LayeringError
-from plyweight.quantizers import Switchable
+from plyweight.nn.rows import row_parameters
 
 __all__ = ["Balance", "BalanceName", "GradientStash", "NormalizedMGDA", "balance_named"]
 
@@ -92,8 +92,7 @@ class GradientStash:
 
     Attributes:
         shared: whether each parameter is shared by the bit-widths. Those with a row for each
-            bit-width (batch norms, steps, gains) are no objectives' common ground: they take their
-            own gradient as it is.
+            (batch norms, steps, gains) are no common ground: they take their own gradient as it is.
     """
 
     def __init__(self, model: nn.Module, *, copy: bool) -> None:
@@ -104,7 +103,7 @@ class GradientStash:
             copy: whether gradients are copied, because their memory will be used again: buckets
                 of DistributedDataParallel, CUDA graphs.
         """
-        private = {id(p) for p in _private_parameters(model)}
+        private = {id(r.parameter) for r in row_parameters(model) if len(r.bit_widths) > 1}
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.shared = [id(p) not in private for p in self.parameters]
         self._copy = copy
@@ -159,16 +158,6 @@ class GradientStash:
                 )
             taken.append(gradient.clone() if self._copy and gradient is not None else gradient)
         return taken
-
-
-def _private_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Those with a row for each bit-width; with a single row (pinned) they are shared."""
-    return [
-        parameter
-        for module in model.modules()
-        if isinstance(module, Switchable) and len(module.own_bit_widths) > 1
-        for parameter in module.row_parameters()
-    ]
 
 
 def _dense(gradients: Sequence[Tensor | None]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from plyweight.errors import BitWidthError, LayeringError
 from plyweight.nn.bit_width import bit_widths_of
+from plyweight.nn.rows import row_parameters
 from plyweight.quantizers import Switchable
 
 __all__ = ["RateByBitWidth", "parameter_groups"]
@@ -45,7 +46,8 @@ def parameter_groups(
             f"scale_rate is {scale_rate}, a multiple of learning_rate; give that too."
         )
     scales = {id(p) for module in model.modules() for p in _scales(module)}
-    norms = {id(p) for module in model.modules() for p in _norm_parameters(module)}
+    plain = {id(p) for module in model.modules() for p in _norm_parameters(module)}
+    plain |= {id(row.parameter) for row in row_parameters(model)}  # biases by bit-width
     groups: dict[str, dict[str, Any]] = {
         "weights": {"params": [], "weight_decay": weight_decay},
         "scales": {"params": [], "weight_decay": 0.0},
@@ -55,7 +57,7 @@ def parameter_groups(
         groups["scales"]["lr"] = scale_rate * learning_rate
     for parameter in model.parameters():
         if parameter.requires_grad:
-            is_plain = parameter.dim() < 2 or id(parameter) in norms
+            is_plain = parameter.dim() < 2 or id(parameter) in plain
             kind = "scales" if id(parameter) in scales else "others" if is_plain else "weights"
             groups[kind]["params"].append(parameter)
     found = [{"name": name, **group} for name, group in groups.items() if group["params"]]
@@ -94,13 +96,10 @@ class RateByBitWidth:
                 raise BitWidthError(bit_width, stored=widths, where="the model")
             if not isinstance(factor, (int, float)) or not 0 <= factor < float("inf"):
                 raise LayeringError(f"factors[{bit_width}] is {factor!r}; give 0 or more.")
-        self._tables: list[tuple[nn.Parameter, Tensor]] = []
-        for module in model.modules():
-            if isinstance(module, Switchable):
-                rows = [
-                    factors.get(_widest_user(module, own), 1.0) for own in module.own_bit_widths
-                ]
-                self._tables += [(p, _column(rows, p)) for p in module.row_parameters()]
+        self._tables = [
+            (row.parameter, _column([factors.get(b, 1.0) for b in row.bit_widths], row.parameter))
+            for row in row_parameters(model)
+        ]
         self._before: list[Tensor] = []
         optimizer.register_step_pre_hook(self._remember)
         optimizer.register_step_post_hook(self._shorten)
@@ -128,12 +127,6 @@ def _norm_parameters(module: nn.Module) -> Iterable[nn.Parameter]:
 def _is_norm(module: nn.Module) -> bool:
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
     return isinstance(module, norms)
-
-
-def _widest_user(module: Switchable, own_bit_width: int) -> int:
-    """The widest bit-width of the model that takes this row."""
-    pinned = int(module.pinned)
-    return max(b for b in module.available_bit_widths if max(b, pinned) == own_bit_width)
 
 
 def _column(rows: list[float], parameter: Tensor) -> Tensor:
