@@ -149,7 +149,7 @@ class Cifar10:
         images = self.official_images if official else self.test_images
         labels = self.official_labels if official else self.test_labels
         pairs = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        return [(normalized(part), of_part) for part, of_part in pairs]
+        return [(normalized(part), of_part) for part, of_part in pairs if len(part)]
 
 
 def augmented(images: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
