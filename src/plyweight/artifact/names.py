@@ -7,7 +7,8 @@ Li/<module>.step           quantization step of the module's input
 Li/<module>.zero_point     and its zero point, where the kind is "offset"
 L0/__graph__               the computation without weights, opaque here
 __pad__.<n>                zeros
-Li/<anything else>         a plain tensor, which replaces the one of an earlier layer
+Li/<anything else>         a plain tensor, which replaces the one of an earlier layer: a bias or a
+                           batch norm that differs by bit-width, say
 """
 
 import re
