@@ -35,8 +35,9 @@ __all__ = ["Stage", "StopSignal", "Stopped", "TrainingError", "float_stage", "on
 
 ASK_EVERY = 10  # steps between two questions to the other processes whether one was told to stop
 
-# The losses of a batch by name, "float" or a bit-width; gradients are added to ``.grad``.
-Backward = Callable[[Tensor, Tensor], dict[str, Tensor]]
+# Adds the gradients of images, with their labels, in a step; gives the losses, detached, by name:
+# "float", or a bit-width.
+Backward = Callable[[Tensor, Tensor, int], dict[str, Tensor]]
 
 
 class TrainingError(Exception):
@@ -83,13 +84,14 @@ class Stage:
         name: "float" or "once-qat".
         net: what is trained, neither compiled nor wrapped.
         network: the same as it is called on the test images.
-        backward: adds the gradients of a batch.
+        backward: adds the gradients of a batch to ``.grad``.
         optimizer: of the parameters of ``net``; its learning rates are those after the warm-up.
         objective: what has state of its own beside; None for a float network.
         data: to train on.
         recipe: how.
         seed: of the order of images and their augmentation.
         place: where.
+        ema_decay: of a moving average of the parameters; None for no average.
         step: how many steps were taken.
         history: a row for each epoch that is over.
         average: the moving average of ``net``, if there is one.
@@ -105,6 +107,7 @@ class Stage:
     recipe: Recipe
     seed: int
     place: Place
+    ema_decay: float | None = None
     step: int = 0
     history: History = field(default_factory=list)
     average: AveragedModel | None = None
@@ -212,7 +215,7 @@ class Stage:
         images, labels = self.data.batch(
             self.step, recipe.batch_size, seed=self.seed, part=place.rank, parts=place.num_processes
         )
-        losses = self.backward(images, labels)
+        losses = self.backward(images, labels, self.step)
         if recipe.clip_value is not None:
             nn.utils.clip_grad_value_(self.net.parameters(), recipe.clip_value)
         self.optimizer.step()
@@ -225,14 +228,14 @@ class Stage:
         return losses
 
     def _update_average(self) -> None:
-        if getattr(self.recipe, "ema_decay", None) is None:
+        if self.ema_decay is None:
             return
         if self.average is None:  # not before the first step, which starts activation quantizers
             self._start_average()
         self.average.update_parameters(self.net)
 
     def _start_average(self) -> None:
-        update = get_ema_multi_avg_fn(self.recipe.ema_decay)
+        update = get_ema_multi_avg_fn(self.ema_decay)
         self.average = AveragedModel(self.net, multi_avg_fn=update)
 
     def _end_epoch(self, evaluate: Callable[[nn.Module], Mapping[str, float]]) -> None:
@@ -263,22 +266,21 @@ def float_stage(net: nn.Module, data: Cifar10, recipe: Recipe, *, seed: int, pla
     compiled = place.compiled(net)
     shared = place.shared(compiled)
 
-    def backward(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def backward(images: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
         with place.autocast():
             loss = F.cross_entropy(shared(images), labels)
         loss.backward()
         loss = loss.detach()
         if not loss.isfinite():
             raise TrainingError(
-                f"the loss of the float network is {float(loss)} in step {stage.step}. The last "
+                f"the loss of the float network is {float(loss)} in step {step}. The last "
                 "checkpoint is kept; lower --float-learning-rate."
             )
         return {"float": loss}
 
     groups = parameter_groups(net, weight_decay=recipe.weight_decay)
     optimizer = _sgd(groups, recipe)
-    stage = Stage("float", net, compiled, backward, optimizer, None, data, recipe, seed, place)
-    return stage
+    return Stage("float", net, compiled, backward, optimizer, None, data, recipe, seed, place)
 
 
 def once_qat_stage(
@@ -302,11 +304,12 @@ def once_qat_stage(
         sampling="all" if recipe.sampling == "all" else Sandwich(recipe.num_random, seed=seed),
         teacher=teacher,
     )
+    num_steps = recipe.epochs * data.steps_per_epoch(recipe.batch_size)
 
-    def backward(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def backward(images: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
         with place.autocast():
             losses = objective.backward(images, labels)
-        penalty = _penalty(model, recipe, is_late=stage.step >= recipe.damping_from * num_steps)
+        penalty = _penalty(model, recipe, is_late=step >= recipe.damping_from * num_steps)
         if penalty is not None:
             penalty.backward()
         return {str(bit_width): loss for bit_width, loss in losses.items()}
@@ -320,11 +323,19 @@ def once_qat_stage(
     optimizer = _sgd(groups, recipe)
     if recipe.rates is not None:
         RateByBitWidth(optimizer, model, {b: recipe.rates.get(b, 1.0) for b in widths})
-    stage = Stage(
-        "once-qat", model, compiled, backward, optimizer, objective, data, recipe, seed, place
+    return Stage(
+        "once-qat",
+        model,
+        compiled,
+        backward,
+        optimizer,
+        objective,
+        data,
+        recipe,
+        seed,
+        place,
+        ema_decay=recipe.ema_decay,
     )
-    num_steps = stage.num_steps
-    return stage
 
 
 def learning_rate_factor(step: int, num_steps: int, *, warmup: float) -> float:
