@@ -57,6 +57,8 @@ class Variant:
     has_teacher: bool = False
     decays_all: bool = False
     batch_norm: str = "private"
+    is_calibrated: bool = False
+    learning_rate: float = LEARNING_RATE
     learns_gains: bool = True
     moments: float = 0.0
     damping: float = 0.0
@@ -74,6 +76,20 @@ VARIANTS = {
     "upgrad": Variant("UPGrad", {"balance": "upgrad"}),
     "labels": Variant("no distillation", {"distillation": None}),
     "teacher": Variant("a float teacher for the widest", has_teacher=True),
+    "calibrated": Variant("training starts from plyweight.calibrate", is_calibrated=True),
+    "rate": Variant("learning rate 0.01 instead of 0.04", learning_rate=0.01),
+    "recipe": Variant(
+        "calibrated start, float teacher, learning rate 0.01",
+        has_teacher=True,
+        is_calibrated=True,
+        learning_rate=0.01,
+    ),
+    "recipe-0.02": Variant(
+        "calibrated start, float teacher, learning rate 0.02",
+        has_teacher=True,
+        is_calibrated=True,
+        learning_rate=0.02,
+    ),
     "sandwich": Variant("widest, narrowest, one between", {"sampling": "sandwich"}),
     "gains": Variant("gains as they start, not learned", learns_gains=False),
     "decay": Variant("weight decay on scales, norms and biases too", decays_all=True),
@@ -141,9 +157,10 @@ def run(name: str, seed: int, float_net: nn.Module, data: Cifar10) -> Result:
     torch.manual_seed(seed)
     float_net = float_net.eval()
     pinned = dict.fromkeys(FIRST_AND_LAST, 8)
-    model = plyweight.prepare(
-        float_net, BIT_WIDTHS, pinned=pinned, batch_norm=variant.batch_norm
-    ).train()
+    model = plyweight.prepare(float_net, BIT_WIDTHS, pinned=pinned, batch_norm=variant.batch_norm)
+    if variant.is_calibrated:
+        plyweight.calibrate(model, [data.batch(i, BATCH_SIZE, seed=seed) for i in range(4)])
+    model.train()
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     if not variant.learns_gains:
         for module in model.modules():
@@ -160,7 +177,7 @@ def run(name: str, seed: int, float_net: nn.Module, data: Cifar10) -> Result:
         model.parameters()
         if variant.decays_all
         else parameter_groups(model, weight_decay=WEIGHT_DECAY),
-        lr=LEARNING_RATE,
+        lr=variant.learning_rate,
         momentum=0.9,
         nesterov=True,
         weight_decay=WEIGHT_DECAY,
@@ -171,7 +188,7 @@ def run(name: str, seed: int, float_net: nn.Module, data: Cifar10) -> Result:
     seconds = []
     for step in range(num_steps):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate(step, num_steps)
+            group["lr"] = variant.learning_rate * rate(step, num_steps)
         images, labels = data.batch(step, BATCH_SIZE, seed=seed)
         started = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):

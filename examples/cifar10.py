@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     then("--epochs", type=positive, metavar="N")
     then("--learning-rate", type=float, metavar="X")
     then("--weight-decay", type=float, metavar="X")
+    then("--start", choices=["prepared", "calibrated"], help="grids that training starts from")
     then("--balance", choices=BALANCES)
     then("--sampling", choices=["all", "sandwich"])
     then("--num-random", type=int, metavar="N", help="bit-widths between, for the sandwich rule")

@@ -110,7 +110,9 @@ def make(job: Job, data: Cifar10, place: Place) -> dict[str, Any] | None:
     if job.method == "once-qat":
         model, seconds = trained_network(job, float_net, data, place, configuration)
     elif job.method == "calibrate":
-        model, seconds = calibrated_network(job, float_net, data)
+        started = time.monotonic()
+        model = calibrated_network(job, float_net, data).eval()
+        seconds = time.monotonic() - started
     if not place.is_first:
         return None
     if model is not None:
@@ -156,15 +158,15 @@ def float_network(job: Job, data: Cifar10, place: Place) -> nn.Module:
     return net.eval()
 
 
-def calibrated_network(job: Job, float_net: nn.Module, data: Cifar10) -> tuple[nn.Module, float]:
-    """The layered network of ``job`` without training, and the seconds it took."""
-    started = time.monotonic()
+def calibrated_network(job: Job, float_net: nn.Module, data: Cifar10) -> nn.Module:
+    """The layered network of ``job`` without training: its grids chosen from data."""
     model = prepared_network(job, float_net)
     steps = range(job.recipe.calibration_batches)
     size, seed = job.recipe.batch_size, job.seed
-    batches = [data.batch(step, size, seed=seed, is_augmented=False) for step in steps]
-    plyweight.calibrate(model, batches)
-    return model.eval(), time.monotonic() - started
+    plyweight.calibrate(
+        model, [data.batch(step, size, seed=seed, is_augmented=False) for step in steps]
+    )
+    return model
 
 
 def prepared_network(job: Job, float_net: nn.Module) -> nn.Module:
@@ -183,7 +185,10 @@ def trained_network(
     """The layered network of ``job``, trained and recalibrated, and the seconds of training."""
     recipe, seed = job.recipe, job.seed + SEED_OF_ONCE_QAT
     torch.manual_seed(seed)
-    model = prepared_network(job, float_net)
+    if recipe.start == "calibrated":
+        model = calibrated_network(job, float_net, data)  # alike in all processes
+    else:
+        model = prepared_network(job, float_net)
     teacher = place.compiled(float_net) if recipe.teacher == "float" else None
     stage = once_qat_stage(model, data, recipe, teacher=teacher, seed=seed, place=place)
     shown = shown_batches(data)

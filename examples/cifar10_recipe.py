@@ -37,6 +37,8 @@ class QuantizedRecipe(Recipe):
     """What once-QAT has beside that; a dedicated model is the same recipe with one bit-width.
 
     Attributes:
+        start: the grids that training starts from: as ``prepare`` sets them, or "calibrated", where
+            every bit-width is good already.
         activations: how wide they are, "match" for as wide as the weights.
         balance: of the gradients of the bit-widths.
         sampling: which bit-widths a step visits: all, or by the sandwich rule.
@@ -54,9 +56,10 @@ class QuantizedRecipe(Recipe):
         ema_decay: of an exponential moving average of the weights, which is then what is packed;
             None for the weights themselves.
         recalibration_batches: how many batches re-estimate the statistics of batch norms.
-        calibration_batches: how many choose the grids where there is no training.
+        calibration_batches: how many choose the grids where they are calibrated.
     """
 
+    start: Literal["prepared", "calibrated"] = "prepared"
     activations: Literal["match"] | int = "match"
     balance: Literal["mean", "mgda", "upgrad"] = "mean"
     sampling: Literal["all", "sandwich"] = "all"
@@ -74,7 +77,9 @@ class QuantizedRecipe(Recipe):
 
 
 FLOAT = Recipe(epochs=100, learning_rate=0.1, weight_decay=5e-4)
-QUANTIZED = QuantizedRecipe(epochs=100, learning_rate=0.04, weight_decay=1e-4)
+QUANTIZED = QuantizedRecipe(
+    epochs=100, learning_rate=0.04, weight_decay=1e-4, start="calibrated", teacher="float"
+)
 # Small enough to be trained on two cores, where nobody waits for 100 epochs.
 EPOCHS = {"resnet8": (30, 15)}
 

@@ -153,6 +153,7 @@ class Stage:
         """
         save_every = save_every or self.steps_per_epoch
         self.net.train()
+        self._drop_gradients()
         with StopSignal() as stop:
             while self.step < self.num_steps:
                 started = time.monotonic()
@@ -219,13 +220,26 @@ class Stage:
         if recipe.clip_value is not None:
             nn.utils.clip_grad_value_(self.net.parameters(), recipe.clip_value)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._drop_gradients()
         self.step += 1
         self._update_average()
         for name, loss in losses.items():
             self._totals[name] = self._totals.get(name, torch.zeros_like(loss)) + loss
             self._counts[name] = self._counts.get(name, 0) + 1
         return losses
+
+    def _drop_gradients(self) -> None:
+        """Before the first step and after each."""
+        if self.place.compile != "cuda-graphs":
+            self.optimizer.zero_grad()
+            return
+        # Their memory stays: a gradient that a graph made stands where its next replay writes, so
+        # the passes of a step have to be added up elsewhere.
+        for parameter in self.net.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
 
     def _update_average(self) -> None:
         if self.ema_decay is None:
