@@ -8,7 +8,8 @@ ResNet-8, five epochs of once-QAT on 12,800 CIFAR-10 training images from one fl
 8, 6, 4, 3, 2, activations as wide as the weights, first and last module at 8 bits, bfloat16
 autocast in training, batch norms measured again at the end; accuracy in float32 on 10,000 images
 that were not trained on. Each variant differs from "mean", the default, in the one thing its name
-says. A run is kept as soon as it is over, and not repeated.
+says. A run is kept as soon as it is over, and not repeated. Differences in brackets are to "mean",
+paired by seed. What a step costs: benchmarks/training.py.
 """
 
 import argparse
@@ -109,7 +110,7 @@ class Result:
         accuracy: after the batch norms were measured again.
         running: with the running statistics of training; of the default alone.
         averaged: of the exponential moving average of the weights; likewise.
-        step_s: median seconds of a step (forward, backward, balance, optimizer).
+        step_s: median seconds of a step here; benchmarks/training.py compares steps fairly.
     """
 
     variant: str
@@ -274,11 +275,12 @@ def accuracy(net: Callable, data: Cifar10) -> float:
 
 def write_report(runs: Path) -> None:
     """Print the table, and write it beside the figures it is made of."""
+    kept = [json.loads(path.read_text()) for path in sorted(runs.glob("*.json"))]
     by_variant: dict[str, list[Result]] = {}
     for name in VARIANTS:
-        found = [json.loads(p.read_text()) for p in sorted(runs.glob(f"{name}-*.json"))]
+        found = [with_integer_widths(Result(**entry)) for entry in kept if entry["variant"] == name]
         if found:
-            by_variant[name] = [with_integer_widths(Result(**entry)) for entry in found]
+            by_variant[name] = found
     if "mean" not in by_variant:
         sys.exit(f"{runs} has no run of 'mean', which all others are compared with.")
     table = as_markdown(by_variant)
@@ -316,8 +318,8 @@ def as_markdown(by_variant: dict[str, list[Result]]) -> str:
         "",
         "| variant | what changes | seeds | "
         + " | ".join(f"{b} bits" for b in widths)
-        + " | mean difference (smallest, largest of the seeds) | step |",
-        "|---|---|---|" + "---|" * (len(widths) + 2),
+        + " | mean difference (smallest, largest of the seeds) |",
+        "|---|---|---|" + "---|" * (len(widths) + 1),
     ]
     rows = [(name, VARIANTS[name].question, "accuracy", r) for name, r in by_variant.items()]
     rows.append(("running statistics", "not measured again", "running", by_variant["mean"]))
@@ -340,11 +342,7 @@ def as_markdown(by_variant: dict[str, list[Result]]) -> str:
             if r.seed in default
         ]
         overall = f"{statistics.mean(per_seed):+.2f} ({min(per_seed):+.2f}, {max(per_seed):+.2f})"
-        step = statistics.median(r.step_s for r in results)
-        lines.append(
-            f"| {name} | {question} | {len(results)} | {' | '.join(cells)} | {overall} "
-            f"| {1000 * step:.0f} ms |"
-        )
+        lines.append(f"| {name} | {question} | {len(results)} | {' | '.join(cells)} | {overall} |")
     return "\n".join(lines)
 
 
