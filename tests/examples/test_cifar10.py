@@ -27,6 +27,7 @@ QUICK = ["--net", "resnet8", "--batch-size", "32", "--float-epochs", "1", "--epo
 QUICK += ["--recalibration-batches", "1", "--bit-widths", "2", "4", "8", "--device", "cpu"]
 # Everything that has a state of its own.
 STATEFUL = ["--sampling", "sandwich", "--ema-decay", "0.9", "--damping-weight", "0.1"]
+STATEFUL += ["--start", "calibrated"]
 # Run as `python -c KILLED STAGE STEP ARGUMENTS...`: a SIGKILL in the middle of that step.
 KILLED = """
 import os, signal, sys
