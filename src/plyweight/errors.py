@@ -19,6 +19,7 @@ Every message is one sentence or two: what was asked, what there is, what to do.
 """
 
 from collections.abc import Iterable, Sequence
+from math import isfinite
 
 __all__ = [
     "ArtifactError",
@@ -121,11 +122,13 @@ class LossError(PlyweightError, ArithmeticError):
 
     def __init__(self, loss: float, *, step: int, bit_width: int, module: str | None) -> None:
         self.step, self.bit_width, self.module = step, bit_width, module
-        origin = (
-            f"The first values that are not finite come out of {module or 'the model itself'!r}"
-            if module is not None
-            else "All modules give finite values, so it comes from the criterion or the targets"
-        )
+        if isfinite(loss):
+            origin = "It is not finite in another process, which says where that comes from"
+        elif module is None:
+            origin = "All modules give finite values, so it comes from the criterion or the targets"
+        else:
+            where = repr(module) if module else "the model itself"
+            origin = f"The first values that are not finite come out of {where}"
         super().__init__(
             f"the loss at {bit_width} bits is {loss} in step {step}. {origin}. Go back to the "
             "last checkpoint, and lower the learning rate or clip the gradients."

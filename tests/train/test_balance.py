@@ -1,5 +1,7 @@
 """The coefficients of the bit-widths' gradients, and where those gradients are kept."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torchjd.aggregation import MGDAWeighting, UPGradWeighting
 from plyweight.errors import LayeringError
 from plyweight.nn import at_bit_width, prepare
 from plyweight.train import JointObjective, NormalizedMGDA
+from plyweight.train.balance import GradientStash, UPGrad
 
 WIDTHS = (2, 4, 8)
 
@@ -44,7 +47,7 @@ def is_private(name):
     )
 
 
-def per_width_gradients(model, distillation=None):
+def per_width_gradients(model):
     """The gradient at every bit-width alone, widest first."""
     images, labels = data()
     found = []
@@ -67,11 +70,10 @@ def test_shared_parameters_follow_the_balance_and_private_ones_the_mean(balance)
     J = torch.stack([flat(row) for row in rows])
     G = J @ J.T
     if balance == "upgrad":
-        expected = UPGradWeighting()(G)
+        expected = UPGradWeighting()(G / G.trace())
     else:
         norms = G.diagonal().sqrt()
-        expected = MGDAWeighting()(G / norms[:, None] / norms) / norms
-        expected = expected / expected.sum()
+        expected = MGDAWeighting()(G / norms[:, None] / norms) * norms.mean() / norms
     model = prepared()
     objective = JointObjective(model, F.cross_entropy, balance=balance, distillation=None)
     objective.backward(*data())
@@ -121,12 +123,60 @@ def test_normalized_mgda_does_not_care_how_long_a_gradient_is():
     torch.testing.assert_close(plain, torch.tensor([0.5, 0.5]).double())
     # The same direction: each gradient counts by the inverse of its length.
     torch.testing.assert_close(scaled[0] * lengths[0], scaled[1] * lengths[1])
-    assert scaled.sum() == 1
+    # Together as long as if both had their mean length.
+    torch.testing.assert_close(scaled @ lengths, lengths.mean())
 
 
-def test_a_gradient_of_length_zero_does_not_stop_the_others():
-    coefficients = NormalizedMGDA()(torch.diag(torch.tensor([1.0, 0.0]).double()))
-    assert coefficients.tolist() == [0.5, 0.5]
+@pytest.mark.parametrize("short", [0.0, 1e-12])
+def test_a_gradient_of_hardly_any_length_does_not_stop_the_others(short):
+    coefficients = NormalizedMGDA()(torch.diag(torch.tensor([1.0, short**2]).double()))
+    assert coefficients[0] >= 0.25
+    assert coefficients.isfinite().all()
+
+
+@pytest.mark.parametrize("balance", [NormalizedMGDA(), UPGrad()])
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e6])
+def test_a_balance_does_not_depend_on_the_unit_of_the_loss(balance, scale):
+    J = torch.tensor([[1.0, 0.0, 2.0], [-0.5, 1.0, 0.0], [0.3, 0.3, -1.0]]).double()
+    torch.testing.assert_close(balance(scale * J @ J.T), balance(J @ J.T), rtol=1e-3, atol=1e-6)
+
+
+def test_the_gramian_is_as_exact_under_autocast():
+    seen = []
+
+    def look(gramian):
+        seen.append(gramian)
+        return torch.ones(len(gramian)) / len(gramian)
+
+    for is_mixed in (False, True):
+        stash = GradientStash(prepared(), copy=False)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for parameter in stash.parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            stash.take_row()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            look(stash.gramian())
+    assert torch.equal(*seen)
+
+
+def test_a_step_that_fails_leaves_the_gradients_that_were_there():
+    model = prepared()
+    JointObjective(model, F.cross_entropy).backward(*data())
+    before = {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    def fail(gramian):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        JointObjective(model, F.cross_entropy, balance=fail).backward(*data())
+    assert all(torch.equal(p.grad, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_balance_without_torchjd_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchjd", None)
+    with pytest.raises(ImportError, match=r"needs TorchJD.*plyweight\[train\]"):
+        JointObjective(prepared(), F.cross_entropy, balance="mgda")
 
 
 @pytest.mark.parametrize("balance", ["mean", "mgda", "upgrad"])

@@ -38,7 +38,9 @@ def test_every_trainable_parameter_is_in_one_group():
 
 def test_scales_may_learn_at_their_own_rate():
     _, groups = names_by_group(prepare(ConvNet(), WIDTHS), scale_rate=0.5, learning_rate=0.2)
-    assert [g.get("lr") for g in groups] == [None, 0.1, None]
+    assert [g["lr"] for g in groups] == [0.2, 0.1, 0.2]
+    _, groups = names_by_group(prepare(ConvNet(), WIDTHS))
+    assert not any("lr" in g for g in groups)
 
 
 def test_a_float_network_has_groups_too():
@@ -51,6 +53,7 @@ def test_a_float_network_has_groups_too():
     [
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
         ({"weight_decay": 0.0, "scale_rate": float("inf")}, "scale_rate is inf"),
+        ({"weight_decay": 0.0, "learning_rate": True}, "learning_rate is True"),
         ({"weight_decay": 0.0, "scale_rate": 0.5}, "a multiple of learning_rate; give that too"),
     ],
 )

@@ -589,3 +589,26 @@ def test_a_resumed_objective_counts_its_steps_on():
     resumed = JointObjective(prepared(), F.cross_entropy)
     resumed.load_state_dict(objective.state_dict())
     assert resumed.num_steps == 3
+
+
+def test_a_teacher_that_is_not_finite_stops_training_too():
+    objective = JointObjective(
+        prepared(), F.cross_entropy, teacher=lambda x: torch.full((len(x), 3), float("nan"))
+    )
+    with pytest.raises(LossError, match="the loss at 8 bits is nan"):
+        objective.backward(*data())
+
+
+@pytest.mark.parametrize("num_classes", [1, 7])
+def test_a_teacher_of_other_classes_is_refused_with_both_shapes(num_classes):
+    objective = JointObjective(
+        prepared(), F.cross_entropy, teacher=lambda x: torch.zeros(len(x), num_classes)
+    )
+    shapes = rf"shape \(6, 3\), those to learn from have \(6, {num_classes}\)"
+    with pytest.raises(LayeringError, match=shapes):
+        objective.backward(*data())
+
+
+def test_the_state_of_something_else_is_refused():
+    with pytest.raises(LayeringError, match="the state has no num_steps, sampler"):
+        JointObjective(prepared(), F.cross_entropy).load_state_dict({})

@@ -26,6 +26,14 @@ def test_uniform_weights_have_no_moment_penalty_and_gaussian_ones_the_known_one(
     )
 
 
+def test_weights_that_are_all_alike_have_a_penalty_and_a_gradient_that_are_finite():
+    model = linear(torch.zeros(4, 4))
+    penalty = moment_penalty(model)
+    penalty.backward()
+    assert penalty.isfinite()
+    assert model[0].latent_weight.grad.isfinite().all()
+
+
 def test_skew_weights_are_penalized():
     exponential = torch.rand(300, 300, generator=torch.Generator().manual_seed(0)).log().neg()
     expected = torch.tensor((9.0 - 9.0) ** 2 + 2.0**2)  # its kurtosis is 9, its skewness 2

@@ -34,14 +34,15 @@ def row_parameters(model: nn.Module) -> list[RowParameter]:
     found: dict[int, RowParameter] = {}
     for module in model.modules():
         if isinstance(module, Switchable):
-            pinned = int(module.pinned)
-            users = {max(b, pinned): b for b in module.available_bit_widths}  # the widest is last
+            # No tensor is read: on a GPU each would be waited for, in every step.
+            users = {module.own_bit_width(b): b for b in module.available_bit_widths}
             widths = tuple(users[own] for own in module.own_bit_widths)
             for parameter in module.row_parameters():
                 found.setdefault(id(parameter), RowParameter(parameter, widths))
         if isinstance(module, BiasByBitWidth) and module.has_bias_rows:
             bias = module._parameters["bias"]
             assert bias is not None
-            widths = tuple(module.switch_of_bias().model_bit_widths.tolist())
-            found.setdefault(id(bias), RowParameter(bias, widths))
+            found.setdefault(
+                id(bias), RowParameter(bias, module.switch_of_bias().available_bit_widths)
+            )
     return list(found.values())

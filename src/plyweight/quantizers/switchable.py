@@ -89,6 +89,10 @@ class Switchable(nn.Module):
         self.row.fill_(self._rows[bit_width])
         self.model_row.fill_(list(self._rows).index(bit_width))
 
+    def own_bit_width(self, bit_width: int) -> int:
+        """What this module takes where the model is at ``bit_width``: that, or its pin."""
+        return self.own_bit_widths[self._rows[bit_width]]
+
     def row_parameters(self) -> list[nn.Parameter]:
         """The parameters whose first dimension is the own bit-widths: one row for each."""
         return []

@@ -81,6 +81,10 @@ class WeightQuantizer(Switchable):
         """The gains."""
         return [self.gain]
 
+    def spread_scale(self, weight: Tensor) -> Tensor:
+        """The scale in a shape that broadcasts against ``weight``."""
+        return self._spread(self.scale, weight)
+
     def codes(self, weight: Tensor) -> Tensor:
         """The 8-bit codes of ``weight``, uint8 of its shape."""
         with torch.no_grad():

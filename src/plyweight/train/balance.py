@@ -7,18 +7,19 @@ rows are their gradients, the step follows
 
     mean      c_b = 1/n                                        no Gramian, no memory
     mgda      the shortest vector in the convex hull of the gradients, each first brought to
-              length 1, for otherwise the longest starves the others
+              length 1, for otherwise it is nearly the shortest of them, and starves the others
     upgrad    every gradient is projected onto the cone that no objective objects to, then averaged
 
 The weights of the bit-widths are in ``J`` already, row ``b`` being ``n weight_b`` times a gradient,
-so the mean is the weighted mean. The solvers are TorchJD's. Sources: Désidéri, "Multiple-gradient
+so the mean is the weighted mean. None of them depends on the unit of the loss, so a loss may be
+scaled. The solvers are TorchJD's. Sources: Désidéri, "Multiple-gradient
 descent algorithm" (2012); Sener and Koltun, "Multi-Task Learning as Multi-Objective Optimization"
 (NeurIPS 2018); Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization" (2024).
 
 What it costs: the gradients of a step's bit-widths are all kept, ``n`` times the parameters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from plyweight.errors import LayeringError
 from plyweight.nn.rows import row_parameters
 
-__all__ = ["Balance", "BalanceName", "GradientStash", "NormalizedMGDA", "balance_named"]
+__all__ = ["Balance", "BalanceName", "GradientStash", "NormalizedMGDA", "UPGrad", "balance_named"]
 
 BalanceName = Literal["mean", "mgda", "upgrad"]
 
@@ -38,7 +39,7 @@ class Balance(Protocol):
     def __call__(self, gramian: Tensor, /) -> Tensor:
         """Coefficients ``(n,)`` for the symmetric Gramian ``(n, n)``, widest bit-width first.
 
-        They should sum to about 1, so that the learning rate means what it means for the mean.
+        The step should be about as long as the mean's, so that the learning rate means the same.
         The Gramian is float64 and on the CPU.
         """
 
@@ -46,23 +47,37 @@ class Balance(Protocol):
 class NormalizedMGDA:
     """MGDA on gradients of length 1: the direction along which all of them descend alike.
 
-    With ``a`` the solution for the normalized gradients, ``c_b = a_b / |g_b|``, brought to sum 1.
+    With ``a`` the solution for the normalized gradients, ``c_b = a_b mean(|g|) / |g_b|``: as long
+    as if all gradients had their mean length. A gradient of 0 objects to nothing and is left out;
+    as the shortest vector it would stop all others.
     """
 
     def __init__(self) -> None:
-        from torchjd.aggregation import MGDAWeighting  # only those who balance need TorchJD
-
-        self._weighting = MGDAWeighting()
+        self._weighting = _solver("MGDAWeighting")
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
-        """Coefficients ``(n,)`` of sum 1."""
-        norms = gramian.diagonal().sqrt()
-        norms = torch.where(norms > 0, norms, 1.0)
-        cosines = gramian / torch.outer(norms, norms)
-        # A gradient that is 0 objects to nothing; as the shortest vector it would stop all others.
-        cosines.fill_diagonal_(1.0)
-        coefficients: Tensor = self._weighting(cosines) / norms
-        return coefficients / coefficients.sum()
+        """Coefficients ``(n,)``."""
+        coefficients = torch.zeros_like(gramian.diagonal())
+        is_long = gramian.diagonal() > 0
+        if is_long.any():
+            part = gramian[is_long][:, is_long]
+            norms = part.diagonal().sqrt()
+            solution = self._weighting(part / torch.outer(norms, norms))
+            coefficients[is_long] = solution * norms.mean() / norms
+        return coefficients
+
+
+class UPGrad:
+    """UPGrad on the Gramian over its trace, for the solver's tolerances are absolute."""
+
+    def __init__(self) -> None:
+        self._weighting = _solver("UPGradWeighting")
+
+    def __call__(self, gramian: Tensor, /) -> Tensor:
+        """Coefficients ``(n,)``."""
+        trace = gramian.trace()
+        coefficients: Tensor = self._weighting(gramian / trace if trace > 0 else gramian)
+        return coefficients
 
 
 def balance_named(balance: BalanceName | Balance) -> Balance | None:
@@ -77,14 +92,25 @@ def balance_named(balance: BalanceName | Balance) -> Balance | None:
     if balance == "mgda":
         return NormalizedMGDA()
     if balance == "upgrad":
-        from torchjd.aggregation import UPGradWeighting
-
-        return UPGradWeighting()
+        return UPGrad()
     if callable(balance):
         return balance
     raise LayeringError(
         f"balance is {balance!r}; give 'mean', 'mgda', 'upgrad' or a function of the Gramian."
     )
+
+
+def _solver(name: str) -> Callable[[Tensor], Tensor]:
+    """One of TorchJD's weightings; only those who balance need it installed."""
+    try:
+        from torchjd import aggregation
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "this balance needs TorchJD, which is not installed; "
+            'install it with: pip install "plyweight[train]"'
+        ) from error
+    weighting: Callable[[Tensor], Tensor] = getattr(aggregation, name)()
+    return weighting
 
 
 class GradientStash:
@@ -123,7 +149,9 @@ class GradientStash:
             if not is_shared or all(g is None for g in gradients):
                 continue
             J = torch.stack(_dense(gradients)).float()
-            G = J @ J.T
+            # Autocast would multiply in half precision, however the operands came.
+            with torch.autocast(J.device.type, enabled=False):
+                G = J @ J.T
             total = G if total is None else total + G.to(total.device)
         return torch.zeros(n, n, dtype=torch.float64) if total is None else total.cpu().double()
 
@@ -147,17 +175,21 @@ class GradientStash:
                     row[index] = None
             parameter.grad = result
 
+    def restore(self) -> None:
+        """Leave on the parameters what was there before, for a step that failed."""
+        for parameter, before in zip(self.parameters, self._before, strict=True):
+            parameter.grad = before
+
     def _take(self) -> list[Tensor | None]:
-        taken = []
+        gradients = [parameter.grad for parameter in self.parameters]
+        if any(gradient is not None and gradient.is_sparse for gradient in gradients):
+            raise LayeringError(
+                "a parameter has sparse gradients, which cannot be balanced; "
+                "use balance='mean', or an embedding with sparse=False."
+            )
         for parameter in self.parameters:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is not None and gradient.is_sparse:
-                raise LayeringError(
-                    "a parameter has sparse gradients, which cannot be balanced; "
-                    "use balance='mean', or an embedding with sparse=False."
-                )
-            taken.append(gradient.clone() if self._copy and gradient is not None else gradient)
-        return taken
+            parameter.grad = None
+        return [g.clone() if self._copy and g is not None else g for g in gradients]
 
 
 def _dense(gradients: Sequence[Tensor | None]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plyweight.quantizers import ActivationQuantizer
@@ -36,6 +36,14 @@ class Synchronizer:
             return nullcontext()
         result: AbstractContextManager[None] = self._parallel.no_sync()
         return result
+
+    def any_process(self, flags: Tensor) -> Tensor:
+        """``flags``, bool, each true where it is true in any process."""
+        if self._parallel is None:
+            return flags
+        counts = flags.int()
+        torch.distributed.all_reduce(counts, group=self._parallel.process_group)
+        return counts > 0
 
     @torch.no_grad()
     def broadcast(self, quantizers: list[ActivationQuantizer]) -> None:

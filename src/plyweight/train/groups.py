@@ -21,7 +21,11 @@ __all__ = ["RateByBitWidth", "parameter_groups"]
 
 
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float, scale_rate: float = 1.0, learning_rate: float = 0.0
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    learning_rate: float | None = None,
+    scale_rate: float = 1.0,
 ) -> list[dict[str, Any]]:
     """The trainable parameters of ``model`` as groups for an optimizer.
 
@@ -29,8 +33,8 @@ def parameter_groups(
         model: from :func:`plyweight.prepare`; a float model may be given as well.
         weight_decay: of weights with two dimensions or more; scales (clips, gains, steps), norms
             and biases have none.
-        scale_rate: the learning rate of scales, as a multiple of ``learning_rate``.
-        learning_rate: of everything else; needed where ``scale_rate`` is not 1.
+        learning_rate: of all groups; None for the optimizer's own.
+        scale_rate: what it is multiplied by for scales; a ``learning_rate`` is needed if not 1.
 
     Returns:
         Groups named "weights", "scales" and "others", those without parameters left out.
@@ -38,10 +42,11 @@ def parameter_groups(
     Raises:
         LayeringError: If a rate or decay is not a number of 0 or more, or nothing is trainable.
     """
-    for name, value in (("weight_decay", weight_decay), ("scale_rate", scale_rate)):
-        if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise LayeringError(f"{name} is {value!r}; give a number of 0 or more.")
-    if scale_rate != 1 and not learning_rate > 0:
+    _check_rate("weight_decay", weight_decay)
+    _check_rate("scale_rate", scale_rate)
+    if learning_rate is not None:
+        _check_rate("learning_rate", learning_rate)
+    elif scale_rate != 1:
         raise LayeringError(
             f"scale_rate is {scale_rate}, a multiple of learning_rate; give that too."
         )
@@ -53,8 +58,9 @@ def parameter_groups(
         "scales": {"params": [], "weight_decay": 0.0},
         "others": {"params": [], "weight_decay": 0.0},
     }
-    if scale_rate != 1:
-        groups["scales"]["lr"] = scale_rate * learning_rate
+    if learning_rate is not None:
+        for name, group in groups.items():
+            group["lr"] = learning_rate * (scale_rate if name == "scales" else 1.0)
     for parameter in model.parameters():
         if parameter.requires_grad:
             is_plain = parameter.dim() < 2 or id(parameter) in plain
@@ -94,8 +100,7 @@ class RateByBitWidth:
         for bit_width, factor in factors.items():
             if bit_width not in widths:
                 raise BitWidthError(bit_width, stored=widths, where="the model")
-            if not isinstance(factor, (int, float)) or not 0 <= factor < float("inf"):
-                raise LayeringError(f"factors[{bit_width}] is {factor!r}; give 0 or more.")
+            _check_rate(f"factors[{bit_width}]", factor)
         self._tables = [
             (row.parameter, _column([factors.get(b, 1.0) for b in row.bit_widths], row.parameter))
             for row in row_parameters(model)
@@ -112,6 +117,12 @@ class RateByBitWidth:
     def _shorten(self, *_: Any) -> None:
         for (parameter, factors), before in zip(self._tables, self._before, strict=True):
             parameter.copy_(torch.lerp(before, parameter, factors.to(parameter)))
+
+
+def _check_rate(name: str, value: object) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and 0 <= float(value) < float("inf")):  # type: ignore[arg-type]
+        raise LayeringError(f"{name} is {value!r}; give a number of 0 or more.")
 
 
 def _scales(module: nn.Module) -> Iterable[nn.Parameter]:

@@ -12,20 +12,20 @@ in-place distillation of Yu and Huang, "Universally Slimmable Networks" (ICCV 20
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plyweight.errors import BitWidthError, LayeringError, listed
+from plyweight.errors import LayeringError, listed
 from plyweight.nn.bit_width import at_bit_width, bit_widths_of
 from plyweight.quantizers import ActivationQuantizer
 from plyweight.train.balance import Balance, BalanceName, GradientStash, balance_named
 from plyweight.train.diagnosis import check_losses
 from plyweight.train.distributed import Synchronizer
 from plyweight.train.sampling import Sampler, sampler_named
+from plyweight.train.width_weights import checked_weights
 
 __all__ = ["JointObjective", "soft_cross_entropy"]
 
@@ -39,7 +39,16 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Args:
         logits: of the student, ``(batch, classes, ...)`` as for ``F.cross_entropy``.
         teacher_logits: of the same shape.
+
+    Raises:
+        LayeringError: If the shapes differ.
     """
+    if logits.shape != teacher_logits.shape:
+        raise LayeringError(
+            f"outputs have shape {tuple(logits.shape)}, those to learn from have "
+            f"{tuple(teacher_logits.shape)}; give a teacher with the same classes, or a "
+            "distillation that compares them."
+        )
     log_student = F.log_softmax(logits.float(), dim=1)
     log_teacher = F.log_softmax(teacher_logits.float(), dim=1)
     divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True)
@@ -102,7 +111,8 @@ class JointObjective:
         self.model = model
         self.criterion = criterion
         self.bit_widths = bit_widths_of(model)
-        self.weights = _normalized(weights, self.bit_widths)
+        counts = checked_weights(weights, self.bit_widths)
+        self.weights = {b: count / sum(counts.values()) for b, count in counts.items()}
         self.balance = balance_named(balance)
         self.sampler = sampler_named(sampling)
         self.distillation = _chosen_distillation(distillation, criterion)
@@ -141,10 +151,29 @@ class JointObjective:
         compute = self._closure(inputs, targets)
         randomness = _RandomState(self.model)
         self._initialize(compute)
-        weights = self._sampled_weights()
-        stash = self._stash()
-        losses: dict[int, Tensor] = {}
         teacher = self._float_logits(inputs, targets)
+        stash = self._stash()
+        try:
+            losses = self._passes(compute, teacher, stash, randomness, scale_loss)
+        except BaseException:
+            if stash is not None:
+                stash.restore()
+            raise
+        self.num_steps += 1
+        return dict(sorted(losses.items()))
+
+    def _passes(
+        self,
+        compute: Callable[[], tuple[Tensor, Any]],
+        teacher: Tensor | None,
+        stash: GradientStash | None,
+        randomness: "_RandomState",
+        scale_loss: Callable[[Tensor], Tensor] | None,
+    ) -> dict[int, Tensor]:
+        """A forward and a backward pass for each sampled bit-width; their losses."""
+        weights = self._sampled_weights()
+        losses: dict[int, Tensor] = {}
+        differentiated: dict[int, Tensor] = {}
         for bit_width, weight in weights.items():  # widest first: it teaches the next narrower
             randomness.restore()  # the same dropout masks at every bit-width
             is_reduced = stash is not None or len(losses) == len(weights) - 1
@@ -158,16 +187,22 @@ class JointObjective:
                         loss = loss + self.distillation(student, teacher)
                     # A copy on GPUs: the next replay of a CUDA graph writes where it stands.
                     teacher = student.detach().clone() if student.is_cuda else student.detach()
+                differentiated[bit_width] = loss.detach()
                 # A balance sees each gradient as large as it is where all weights are equal.
                 weighted = (weight if stash is None else weight * len(weights)) * loss
                 (weighted if scale_loss is None else scale_loss(weighted)).backward()
             if stash is not None:
                 stash.take_row()
+        check_losses(
+            differentiated,
+            self.model,
+            compute,
+            step=self.num_steps,
+            synchronizer=self._synchronizer,
+        )
         if stash is not None:
             stash.give_back(self._coefficients(stash.gramian()))
-        check_losses(losses, self.model, compute, step=self.num_steps)
-        self.num_steps += 1
-        return dict(sorted(losses.items()))
+        return losses
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on alike; plain values."""
@@ -175,6 +210,11 @@ class JointObjective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
+        missing = {"sampler", "num_steps"} - state.keys()
+        if missing:
+            raise LayeringError(
+                f"the state has no {listed(sorted(missing))}; give what state_dict() returned."
+            )
         self.sampler.load_state_dict(state["sampler"])
         self.num_steps = state["num_steps"]
 
@@ -208,7 +248,9 @@ class JointObjective:
         if self._initialized:
             return
         quantizers = [m for m in self.model.modules() if isinstance(m, ActivationQuantizer)]
-        if any(quantizer.kind == "unset" for quantizer in quantizers):
+        is_unset = any(quantizer.kind == "unset" for quantizer in quantizers)
+        device = next(self.model.parameters()).device
+        if bool(self._synchronizer.any_process(torch.tensor(is_unset, device=device))):
             # It is no step of training, so running statistics do not count it.
             own = {id(buffer) for quantizer in quantizers for buffer in quantizer.buffers()}
             others = [(b, b.clone()) for b in self.model.buffers() if id(b) not in own]
@@ -230,7 +272,8 @@ class JointObjective:
                 "a teacher needs the inputs, which a closure hides; call backward(inputs, targets)."
             )
         with torch.no_grad():
-            return _distillable(self.teacher(inputs))
+            logits = _distillable(self.teacher(inputs))
+        return logits.clone() if logits.is_cuda else logits  # as above: it may be compiled too
 
     def _stash(self) -> GradientStash | None:
         """Where the gradients of this step are kept until they are balanced; None for the mean."""
@@ -243,7 +286,7 @@ class JointObjective:
         """What the balance makes of the Gramian ``(n, n)``."""
         n = len(gramian)
         if self.balance is None or n == 1 or not gramian.isfinite().all():
-            # Overflown gradients stay what they are, for a GradScaler to see and skip the step.
+            # Infinite gradients stay what they are, for a GradScaler to see and skip the step.
             return torch.full((n,), 1 / n)
         coefficients = torch.as_tensor(self.balance(gramian))
         if coefficients.shape != (n,) or not coefficients.isfinite().all():
@@ -305,27 +348,6 @@ def _distillable(outputs: Any) -> Tensor:
         f"outputs are a {type(outputs).__name__}, but only a tensor can be distilled; let the "
         "model or closure return its logits, or give distillation=None."
     )
-
-
-def _normalized(
-    weights: Mapping[int, float] | None, bit_widths: tuple[int, ...]
-) -> dict[int, float]:
-    """``weights`` for every one of ``bit_widths``, their sum brought to 1."""
-    if weights is not None and not isinstance(weights, Mapping):
-        raise LayeringError(f"weights is {weights!r}; give a mapping such as {{2: 2.0, 8: 1.0}}.")
-    chosen = dict.fromkeys(bit_widths, 1.0) if weights is None else dict(weights)
-    for bit_width, weight in chosen.items():
-        if bit_width not in bit_widths:
-            raise BitWidthError(bit_width, stored=bit_widths, where="the model")
-        if not isinstance(weight, Real) or not 0 <= weight < float("inf"):
-            raise LayeringError(f"weights[{bit_width}] is {weight!r}; give a number of 0 or more.")
-    missing = [b for b in bit_widths if b not in chosen]
-    if missing or not sum(chosen.values()) > 0:
-        raise LayeringError(
-            f"weights is {chosen}; give one for each of {bit_widths}, not all of them 0."
-        )
-    total = sum(chosen.values())
-    return {b: chosen[b] / total for b in bit_widths}
 
 
 def _checked_teacher(

@@ -10,7 +10,7 @@ Each is a scalar tensor with a gradient. None is on by default; docs/log.md has 
 import torch
 from torch import Tensor, nn
 
-from plyweight.codec import codes_at, decode, encode, spread
+from plyweight.codec import codes_at, decode, encode
 from plyweight.errors import BitWidthError, LayeringError
 from plyweight.nn.bit_width import bit_widths_of
 from plyweight.nn.layered import LayeredModule
@@ -38,7 +38,8 @@ def moment_penalty(model: nn.Module, *, kurtosis: float = UNIFORM_KURTOSIS) -> T
     for module in _layered(model):
         weight = module.latent_weight.float()
         centered = weight - weight.mean()
-        normalized = centered / centered.square().mean().sqrt().clamp_min(1e-12)
+        # Clamped before the root, whose gradient at 0 is infinite: a weight may be all zeros.
+        normalized = centered / centered.square().mean().clamp_min(1e-24).sqrt()
         skewness = normalized.pow(3).mean()
         terms.append((normalized.pow(4).mean() - kurtosis).square() + skewness.square())
     return torch.stack(terms).mean()
@@ -66,9 +67,9 @@ def damping_penalty(model: nn.Module, *, bit_width: int) -> Tensor:
     total, count = torch.zeros(()), 0
     for module in modules:
         weight, quantizer = module.latent_weight, module.weight_quantizer
-        own = max(bit_width, int(quantizer.pinned))
+        own = quantizer.own_bit_width(bit_width)
         with torch.no_grad():
-            scale = spread(quantizer.scale, tuple(weight.shape), int(quantizer.group_size) or None)
+            scale = quantizer.spread_scale(weight)
             level = decode(codes_at(encode(weight, scale), own), own).float()
         cell = 2.0 ** (8 - own)
         distance = (weight.float() / scale - level) / cell
