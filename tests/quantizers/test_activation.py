@@ -315,3 +315,13 @@ def test_switching_before_the_backward_pass_does_not_change_gradients():
     quantizer.switch(8)
     gradients = torch.autograd.grad(loss, tensors)
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+def test_an_infinite_input_is_the_largest_level_and_leaves_gradients_finite():
+    quantizer = seen("unsigned")
+    inputs = torch.tensor([0.5, float("inf")], requires_grad=True)
+    values = quantizer(inputs)
+    values.sum().backward()
+    assert values.isfinite().all()
+    assert inputs.grad.tolist() == [1.0, 0.0]
+    assert quantizer.clip.grad.isfinite().all()

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from plyweight.errors import LossError
 from plyweight.nn import prepare
 from plyweight.train import JointObjective, moment_penalty, parameter_groups
 
-__all__ = ["BALANCES", "alone", "shared"]
+__all__ = ["BALANCES", "alone", "halves", "prepared", "shared"]
 
 BIT_WIDTHS = (2, 4, 8)
 BALANCES = ("mean", "mgda", "upgrad")
@@ -86,6 +87,29 @@ def alone(balance: str) -> State:
     return model.state_dict()
 
 
+def stopped(rank: int) -> dict[str, object]:
+    """What becomes of a process when the other one's images have a NaN in the second step."""
+    model = prepared()
+    objective = JointObjective(DistributedDataParallel(model), F.cross_entropy)
+    optimizer = sgd(model)
+    for step in range(NUM_STEPS):
+        images, labels = halves(step)[rank]
+        if step == 1 and rank == 1:
+            images = images * float("nan")
+        try:
+            objective.backward(images, labels)
+        except LossError as error:
+            return {
+                "step": error.step,
+                "bit_width": error.bit_width,
+                "module": error.module,
+                "message": str(error),
+                "state": model.state_dict(),
+            }
+        finish(model, optimizer)
+    return {}
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     """With momentum and decay, which see more than the gradient of one step."""
     groups = parameter_groups(model, weight_decay=1e-2)
@@ -103,7 +127,8 @@ def main(rank: int, folder: Path) -> None:
     """Be one of the two processes."""
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    torch.save({balance: shared(balance, rank) for balance in BALANCES}, folder / f"{rank}.pt")
+    found = {balance: shared(balance, rank) for balance in BALANCES}
+    torch.save(found | {"stopped": stopped(rank)}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

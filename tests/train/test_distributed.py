@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train.half_batches import BALANCES, alone
+from train.half_batches import BALANCES, alone, halves, prepared
 
 SCRIPT = Path(__file__).parent / "half_batches.py"
 PRIVATE = ("gain", "clip", "offset")  # rows of tables, one for each bit-width
@@ -42,8 +42,21 @@ def test_two_processes_equal_one_that_sees_both_halves_of_every_batch(two, balan
 
 
 def test_every_bit_width_has_learned_something_of_its_own(two):
-    steps = two[0]["mean"]["hidden.input_quantizer.clip"]
-    assert len(set(steps.tolist())) == len(steps)
+    start = prepared()
+    start(halves(0)[0][0])
+    moved = two[0]["mean"]["hidden.input_quantizer.clip"] - start.hidden.input_quantizer.clip
+    assert (moved != 0).all()
+    assert len(set(moved.tolist())) == len(moved)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_the_step(two):
+    first, second = (states["stopped"] for states in two)
+    for found in (first, second):
+        assert (found["step"], found["bit_width"]) == (1, 8)
+        assert all(tensor.isfinite().all() for tensor in found["state"].values())
+    assert second["module"] == "conv.input_quantizer"
+    assert first["module"] is None
+    assert "not finite in another process" in first["message"]
 
 
 def test_a_balance_comes_to_another_model_than_the_mean(two):

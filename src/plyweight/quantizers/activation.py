@@ -242,7 +242,8 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for_inputs = (upstream * inside).to(inputs.dtype)
         if ctx.needs_input_grad[1]:
-            for_step = (upstream * (_levels(ratio, low, high, half) - ratio * inside)).sum()
+            inner = torch.where(inside, ratio, 0.0)  # an infinite input is outside, not a NaN
+            for_step = (upstream * (_levels(ratio, low, high, half) - inner)).sum()
             for_step = for_step * factor
         if ctx.needs_input_grad[2]:
             for_low = (upstream * below).sum() * step * factor
