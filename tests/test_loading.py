@@ -7,12 +7,24 @@ import sys
 import textwrap
 import weakref
 
+import numpy as np
 import pytest
 import torch
+from artifact.builders import MODEL, float32
 from nets import ALL_BIT_WIDTHS, ConvNet, ZooNet, batch, trained, with_rows
 from torch import nn
 
-from plyweight.artifact import ArtifactReader, ByteRange, MemorySource, inspect
+from plyweight.artifact import (
+    Activation,
+    ArtifactReader,
+    ByteRange,
+    LayerContent,
+    LayeredWeight,
+    MemorySource,
+    TensorData,
+    inspect,
+    write_artifact,
+)
 from plyweight.errors import (
     ArtifactError,
     BitWidthError,
@@ -26,7 +38,7 @@ from plyweight.loading import downgrade, load, upgrade
 from plyweight.nn import at_bit_width, bit_widths_of, prepare, report, set_bit_width
 from plyweight.nn.packed import PackedWeight
 from plyweight.packing import pack
-from plyweight.train import JointObjective
+from plyweight.train import JointObjective, recalibrate
 
 OPTIONS = {
     "match": {},
@@ -548,3 +560,94 @@ def test_a_loaded_model_reports_the_weights_it_holds_as_planes(conv):
     net = load(MemorySource(conv.data), ConvNet())
     assert report(net).num_layered == conv.receipt.num_weights
     assert report(net).num_layered == report(conv.model).num_layered
+
+
+# What another writer left out because it does not change: {layer: {name: value}}.
+CHANGES = [
+    {"fc.step": 0.5, "fc.zero_point": 1.0, "fc.bias": 10.0, "bn.running_mean": 20.0},
+    {"fc.step": 0.25, "fc.bias": 11.0},
+    {"fc.zero_point": 3.0, "bn.running_mean": 22.0},
+    {},
+]
+HELD = {
+    2: [0.5, 1.0, 10.0, 20.0],
+    4: [0.25, 1.0, 11.0, 20.0],
+    6: [0.25, 3.0, 11.0, 22.0],
+    8: [0.25, 3.0, 11.0, 22.0],
+}
+
+
+class Sparing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.bn = nn.Linear(8, 5), nn.BatchNorm1d(5)
+
+    def forward(self, inputs):
+        return self.bn(self.fc(inputs))
+
+    @staticmethod
+    def write(path):
+        """A file in which what a later layer does not change is not there again."""
+        layers = []
+        for changes, bit_width in zip(CHANGES, HELD, strict=True):
+            planes = np.full((2, 5), 0b10101010, np.uint8)
+            tensors = [TensorData("fc.weight.q", "U8", planes.shape, planes.tobytes())]
+            if not layers:
+                ones = float32(np.ones(5))
+                names = ("fc.weight.scale", "bn.weight", "bn.bias", "bn.running_var")
+                tensors += [TensorData(name, **ones) for name in names]
+            for name, value in changes.items():
+                is_row = name in ("fc.bias", "bn.running_mean")
+                tensors.append(TensorData(name, **float32([value] * (5 if is_row else 1))))
+            layers.append(LayerContent(bit_width, tensors))
+        write_artifact(
+            path,
+            layers=layers,
+            weights={"fc.weight": LayeredWeight((5, 8), None, None)},
+            activations={"fc": Activation("offset", {b: b for b in HELD})},
+            model=MODEL,
+        )
+
+
+def _held(net, bit_width):
+    with torch.no_grad(), at_bit_width(net, bit_width):
+        inputs = net.fc.input_quantizer
+        tensors = inputs.row_of(inputs.steps), inputs.row_of(inputs.zero_points)
+        rows = net.fc.bias, net.bn.row_of(net.bn.running_mean)
+        assert all(len(row.unique()) == 1 for row in rows)
+        return [float(t.flatten()[0]) for t in (*tensors, *rows)]
+
+
+@pytest.mark.parametrize("form", ["packed", "fake-quantized"])
+@pytest.mark.parametrize("widest", HELD)
+def test_what_a_later_layer_does_not_replace_holds_at_every_width(form, widest, tmp_path):
+    Sparing.write(tmp_path / "net")
+    net = load(tmp_path / "net", Sparing(), bit_width=widest, form=form)
+    for bit_width in bit_widths_of(net):
+        assert _held(net, bit_width) == HELD[bit_width]
+
+
+def test_what_holds_does_so_up_and_down_any_way(tmp_path):
+    Sparing.write(tmp_path / "net")
+    net = load(tmp_path / "net", Sparing(), bit_width=2)
+    for target in (4, 8, 2, 6, 4, 8):
+        if target in bit_widths_of(net):
+            downgrade(net, target)
+        else:
+            upgrade(net, tmp_path / "net", bit_width=target)
+        for bit_width in bit_widths_of(net):
+            assert _held(net, bit_width) == HELD[bit_width]
+
+
+@pytest.mark.parametrize("form", ["packed", "fake-quantized"])
+def test_a_shared_batch_norm_that_was_loaded_is_measured_again(form, tmp_path):
+    images = 2 * batch()[0]  # others than those it was trained on
+    pack(trained(ConvNet(), (2, 8), batch_norm="shared"), tmp_path / "net")
+    net = load(tmp_path / "net", ConvNet(), form=form)
+    recalibrate(net, [images])
+    means = []
+    for bit_width in (2, 8):
+        with torch.no_grad(), at_bit_width(net, bit_width):
+            means.append(net.conv1(images).mean(dim=(0, 2, 3)))
+    # A running mean of two against a plain one: float32 rounding.
+    torch.testing.assert_close(net.bn1.running_mean, torch.stack(means).mean(dim=0))

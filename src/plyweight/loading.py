@@ -28,7 +28,7 @@ from plyweight.artifact.names import (
 from plyweight.codec import from_planes, inner_levels, spread
 from plyweight.errors import ArtifactError, BitWidthError, LayeringError, ModelMismatchError
 from plyweight.nn.bit_width import set_bit_width
-from plyweight.nn.norm import BATCH_NORM_TENSORS
+from plyweight.nn.norm import BATCH_NORM_TENSORS, SHARED
 from plyweight.nn.packed import PackedModule, PackedWeight
 from plyweight.nn.quantized import BiasByBitWidth
 from plyweight.nn.skeleton import Skeleton
@@ -192,17 +192,25 @@ class _Loaded:
         self.apply_side_information(views)
 
     def apply_side_information(self, views: Views) -> None:
-        """Take from the next layer what belongs to its bit-width alone."""
-        index, bit_width = self.num_layers, self.header.bit_widths[self.num_layers]
+        """Take from the next layer what holds from its bit-width on.
+
+        It holds until a later layer replaces it, so all the rows above take it too.
+        """
+        index = self.num_layers
         for module, quantizer in self._quantizers().items():
             step, zero_point = views.get(step_name(module)), views.get(zero_point_name(module))
-            if step is not None:
-                zero = 0.0 if zero_point is None else float(_tensor(zero_point))
-                quantizer.set_step(bit_width, float(_tensor(step)), zero)
+            if step is None and zero_point is None:
+                continue
+            own = quantizer.own_bit_width(self.header.bit_widths[index])
+            row = quantizer.own_bit_widths.index(own)
+            new_step = float(quantizer.steps[row] if step is None else _tensor(step))
+            zero = float(quantizer.zero_points[row] if zero_point is None else _tensor(zero_point))
+            for bit_width in quantizer.available_bit_widths[index:]:
+                quantizer.set_step(bit_width, new_step, zero)
         for name, tensor in self._rows().items():
             if name in views:
                 with torch.no_grad():
-                    tensor[index] = _tensor(views[name]).to(tensor)
+                    tensor[index:] = _tensor(views[name]).to(tensor)
         self.num_layers += 1
 
     def release_to(self, num_layers: int) -> None:
@@ -361,7 +369,8 @@ def _check_activations(model: nn.Module, header: Header) -> None:
 def _give_rows(model: nn.Module, header: Header, bit_widths: tuple[int, ...]) -> None:
     """Give every batch norm and bias that has tensors in later layers a row for each bit-width.
 
-    Where there are no later layers nothing tells, and one row computes what a float one does.
+    Where there are no later layers nothing tells, and one row computes what a float one does. A
+    batch norm that later layers do not change is marked as shared by all bit-widths.
 
     Raises:
         ModelMismatchError: If a later layer replaces what has no rows in the model.
@@ -379,6 +388,9 @@ def _give_rows(model: nn.Module, header: Header, bit_widths: tuple[int, ...]) ->
             own = later & {prefix + leaf for leaf in BATCH_NORM_TENSORS}
             if own or len(header.layers) == 1:
                 BATCH_NORMS[type(module)].from_float(module, bit_widths)
+            else:
+                # Or excluded by the caller of prepare: in a file the two look alike.
+                module.kept_float = SHARED
             later -= own
         elif isinstance(module, BiasByBitWidth) and f"{prefix}bias" in later:
             module.give_bias_rows()
