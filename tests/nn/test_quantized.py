@@ -56,6 +56,24 @@ def test_a_gradient_reaches_the_row_of_its_bit_width_alone():
     assert rows.grad.tolist() == [[0] * 4, [5] * 4, [0] * 4]
 
 
+def test_the_bias_of_another_bit_width_is_never_all_rows():
+    """nn.Module answers an AttributeError inside a property with the parameter of its name."""
+    model = prepare(nn.Linear(3, 4), BIT_WIDTHS)
+    model.give_bias_rows()
+    del model.weight_quantizer
+    with pytest.raises(RuntimeError, match=r"the bias cannot be chosen: .*weight_quantizer"):
+        _ = model.bias
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4, 4), (3, 5)])
+def test_a_checkpoint_with_other_rows_is_refused_and_the_bias_stays(shape):
+    model = prepare(nn.Linear(3, 4), BIT_WIDTHS)
+    bias, state = model.bias, model.state_dict() | {"bias": torch.zeros(shape)}
+    with pytest.raises(RuntimeError, match="size mismatch for bias"):
+        model.load_state_dict(state)
+    assert model.bias is bias
+
+
 def test_a_report_counts_the_bias_of_the_float_network():
     net = ConvNet()
     with_them = report(with_rows(prepare(net, BIT_WIDTHS)))

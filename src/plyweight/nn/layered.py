@@ -83,9 +83,13 @@ class LayeredModule(BiasByBitWidth):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        theirs = state_dict.get(f"{prefix}bias")
-        if isinstance(theirs, Tensor) and theirs.dim() == 2 and self._bias() is not None:
-            self.give_bias_rows()  # a checkpoint of a calibrated model
+        # A checkpoint of a calibrated model has rows, so the bias becomes another parameter (and so
+        # does the quantizer's gain): make optimizer and DistributedDataParallel after loading it.
+        theirs, bias = state_dict.get(f"{prefix}bias"), self._parameters.get("bias")
+        if isinstance(theirs, Tensor) and bias is not None:
+            num_rows = len(self.switch_of_bias().model_bit_widths)
+            if theirs.shape == (num_rows, bias.shape[-1]):  # others are refused by torch
+                self.give_bias_rows()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -39,7 +39,12 @@ class BiasByBitWidth(nn.Module):
         bias = self._parameters.get("bias")
         if bias is None or bias.dim() == 1:
             return bias
-        return self.switch_of_bias().model_row_of(bias)
+        try:
+            row: Tensor = self.switch_of_bias().model_row_of(bias)
+        except AttributeError as error:
+            # Let through, nn.Module would answer with the parameter of that name: all the rows.
+            raise RuntimeError(f"the bias cannot be chosen: {error}") from error
+        return row
 
     bias: Any = property(_bias)  # torch declares a parameter in one class, a tensor in another
 
