@@ -36,6 +36,7 @@ class Plain(nn.Module):
 
 
 def outputs_of(model, name, images, bit_width=None):
+    """What the module of that name gives, ``(values, channels)``, over all its calls."""
     seen = []
     handle = model.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o))
     with torch.no_grad():
@@ -45,7 +46,7 @@ def outputs_of(model, name, images, bit_width=None):
             with at_bit_width(model, bit_width):
                 model(images)
     handle.remove()
-    return seen[0].movedim(1, -1).flatten(end_dim=-2)
+    return torch.cat(seen).movedim(1, -1).flatten(end_dim=-2)
 
 
 def calibrated(net, **options):
@@ -144,9 +145,111 @@ def test_a_module_that_runs_twice_is_corrected_for_both_calls():
         def forward(self, images):
             return super().forward(images) + super().forward(-images)
 
-    model = calibrated(Twice())
-    assert torch.isfinite(model(IMAGES)).all()
+    net = Twice()
+    # Without steps, which the second call changes again, the first module sees what it saw.
+    model = calibrated(net, activations=None)
+    expected = outputs_of(net, "conv", IMAGES)
+    assert len(expected) == 2 * 8 * 36
+    for bit_width in BIT_WIDTHS:
+        got = outputs_of(model, "conv", IMAGES, bit_width)
+        torch.testing.assert_close(got.mean(0), expected.mean(0), rtol=1e-4, atol=1e-5)  # float32
+        torch.testing.assert_close(got.std(0), expected.std(0), rtol=1e-4, atol=1e-5)
+
+
+class Branched(Plain):
+    """Its branch runs for large batches alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch, self.bn = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+
+    def forward(self, images):
+        x = self.conv(images)
+        if len(images) > 3:
+            x = x + self.bn(self.branch(images))
+        return self.fc2(F.relu(self.fc1(F.relu(x).mean(dim=(2, 3)))))
+
+
+def test_what_a_batch_norm_absorbs_is_so_if_the_last_batch_did_not_run_it():
+    model = prepare(Branched().eval(), BIT_WIDTHS).eval()
+    calibrate(model, [IMAGES[:5], IMAGES[5:]])
+    assert model.branch.weight_quantizer.gain.tolist() == [1, 1, 1]
+    assert not model.branch.has_bias_rows
     assert model.conv.has_bias_rows
+
+
+def test_a_bit_width_at_which_a_module_did_not_run_keeps_its_bias():
+    class Skipping(Plain):
+        def forward(self, images):
+            layered = hasattr(self.fc2, "weight_quantizer")
+            if layered and self.fc2.weight_quantizer.bit_width == 4:
+                return images
+            return super().forward(images)
+
+    net = Skipping()
+    rows = calibrated(net).fc2._parameters["bias"]
+    assert torch.equal(rows[1], net.fc2.bias)
+    assert not torch.equal(rows[0], net.fc2.bias)
+
+
+def test_samples_that_come_one_by_one_are_one_value_of_each_channel():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, sample):
+            return self.fc2(F.relu(self.fc1(sample)))
+
+    net = Single().eval()
+    samples = torch.randn(7, 4)
+    single, together = (prepare(net, BIT_WIDTHS, activations=None).eval() for _ in range(2))
+    calibrate(single, list(samples))
+    calibrate(together, [samples])
+    for name in ("fc1", "fc2"):
+        got, expected = (m.get_submodule(name)._parameters["bias"] for m in (single, together))
+        assert got.shape == expected.shape
+    with torch.no_grad():
+        for bit_width in BIT_WIDTHS:  # float32 sums in another order
+            with at_bit_width(single, bit_width):
+                got = single.fc1(samples).mean(0)
+            torch.testing.assert_close(got, net.fc1(samples).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_is_read_and_whose_module_never_runs_keeps_a_fitted_gain():
+    class Read(Plain):
+        def forward(self, images):
+            x = F.relu(self.conv(images)).mean(dim=(2, 3))
+            return F.linear(F.relu(self.fc1(x)), self.fc2.weight, self.fc2.bias)
+
+    model = calibrated(Read())
+    latent, gains = model.fc2.latent_weight.detach(), model.fc2.weight_quantizer.gain
+    assert gains.shape == (3,)
+    for gain, bit_width in zip(gains.tolist(), BIT_WIDTHS, strict=True):
+        with torch.no_grad(), at_bit_width(model, bit_width):
+            values = model.fc2.weight
+        # Of all multiples of the values, these are nearest: what is left is orthogonal to them.
+        assert abs(float(((latent - values) * values).sum())) < 1e-5 * float(values.square().sum())
+        assert gain != 1
+    assert not model.fc2.has_bias_rows
+    assert model.conv.has_bias_rows
+
+
+def test_before_a_shared_batch_norm_deviations_are_kept_and_means_where_there_is_a_bias():
+    net = ConvNet()
+    model = calibrated(net, batch_norm="shared", activations=None)
+    assert model.conv1.bias is None
+    assert model.conv2.has_bias_rows
+    for bit_width in BIT_WIDTHS:
+        got, expected = (
+            outputs_of(*m) for m in ((model, "conv1", IMAGES, bit_width), (net, "conv1", IMAGES))
+        )
+        torch.testing.assert_close(got.std(0), expected.std(0), rtol=1e-4, atol=1e-5)  # float32
+        got, expected = (
+            outputs_of(*m) for m in ((model, "conv2", IMAGES, bit_width), (net, "conv2", IMAGES))
+        )
+        torch.testing.assert_close(got.mean(0), expected.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.std(0), expected.std(0), rtol=1e-4, atol=1e-5)
 
 
 def test_tied_weights_share_their_gain_and_biases_that_are_tied_stay_one():

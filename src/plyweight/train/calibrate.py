@@ -14,6 +14,9 @@ found on the way, each with those before it in effect (from the input to the out
 
 Where the output goes straight into a batch norm, its row takes ``k`` and the means; elsewhere
 the gain of the weight takes ``k`` and a row of the bias the means (``train/corrections.py``).
+A module without a bias gets no mean (another bias would be another network), so before a batch
+norm that all bit-widths share, a convolution without one keeps its deviations alone. A weight
+whose outputs are not seen, since its module is never called, has the gain that fits it best.
 Because both sides of the comparison see the same images, what these have of their own cancels:
 a few hundred are enough, and without the augmentation of training they are about as good.
 
@@ -84,35 +87,45 @@ def calibrate(
             "plyweight.prepare, or load with form='fake-quantized'."
         )
     run = forward or (lambda batch: model(inputs_of(batch)))
-    is_empty = True
+    is_first = True
     with _as_it_was_on_error(model), _in_evaluation(model):
         _set_clips(model, counts)
         corrections = Corrections(model, bit_widths)
         for batch in islice(loader, num_batches):
-            is_empty = False
             with corrections.watching_float():
                 run(batch)
+            if is_first:
+                for module in corrections.uncalled():
+                    _fit_gains(module)
+            is_first = False
             for bit_width in reversed(bit_widths):  # a pinned weight takes its gain at the widest
                 with at_bit_width(model, bit_width), corrections.correcting(bit_width):
                     run(batch)
-        if is_empty:
+        if is_first:
             raise LayeringError("the loader gave no batch; calibrate needs at least one.")
         corrections.finish()
 
 
 def _set_clips(model: nn.Module, counts: Mapping[int, float]) -> None:
-    """The joint clip of every weight; gains are 1, or fitted where no output is corrected."""
+    """The joint clip of every weight; gains are 1, or fitted where they are not corrected."""
     for quantizer, modules in users_of(model).items():
         own = dict.fromkeys(quantizer.own_bit_widths, 0.0)
         for bit_width, count in counts.items():
             own[max(bit_width, int(quantizer.pinned))] += count
         weight, group_size = modules[0].latent_weight, int(quantizer.group_size) or None
         clip = joint_clip(weight, tuple(own), group_size=group_size, weights=own)
-        gains = {}
+        quantizer.set_grid(clip / MAGNITUDES, {})
         if not may_have_gains(modules):
-            fits = {b: fitted_gain(weight, clip, b, group_size=group_size) for b in own}
-            gains = {b: torch.tensor([fit]) for b, fit in fits.items()}
-        quantizer.set_grid(clip / MAGNITUDES, gains)
+            _fit_gains(modules[0])
+
+
+def _fit_gains(module: LayeredModule) -> None:
+    """One gain for the whole weight at each bit-width, at the least squared error."""
+    quantizer, weight = module.weight_quantizer, module.latent_weight
+    clip, group_size = quantizer.scale * MAGNITUDES, int(quantizer.group_size) or None
+    own = quantizer.own_bit_widths
+    fits = {b: fitted_gain(weight, clip, b, group_size=group_size) for b in own}
+    quantizer.set_grid(quantizer.scale, {b: torch.tensor([fit]) for b, fit in fits.items()})
 
 
 def _counts(weights: Mapping[int, float] | None, bit_widths: tuple[int, ...]) -> dict[int, float]:

@@ -76,14 +76,16 @@ class Corrections:
         # By module, and by number of the call; with the bit-width where it is not float.
         self.references: dict[tuple[nn.Module, int], Moments] = defaultdict(Moments)
         self.moments: dict[tuple[nn.Module, int, int], Moments] = defaultdict(Moments)
-        self.num_straight: dict[nn.Module, int] = defaultdict(int)  # calls, right into a batch norm
+        # Some call of theirs, in some batch, did not go straight into a batch norm.
+        self.exposed: set[nn.Module] = set()
         self._calls: dict[nn.Module, int] = {}
 
     @contextmanager
     def watching_float(self) -> Iterator[None]:
         """Inside, the model computes in float, and that is what outputs are compared with."""
-        made_by: dict[int, tuple[weakref.ref[Tensor], nn.Module]] = {}
-        self.num_straight.clear()
+        made_by: dict[int, tuple[weakref.ref[Tensor], tuple[nn.Module, int]]] = {}
+        made: set[tuple[nn.Module, int]] = set()
+        straight: set[tuple[nn.Module, int]] = set()
 
         def see_input(module: nn.Module, args: tuple[Any, ...]) -> None:
             quantizer = module.input_quantizer
@@ -91,16 +93,16 @@ class Corrections:
                 self.steps[quantizer].see(args[0], self.names[module])
 
         def see_output(module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
-            self.references[module, self._call_of(module)].add(
-                output, _channel_dim(module), self.names[module]
-            )
-            made_by[id(output)] = weakref.ref(output), module
+            key = module, self._call_of(module)
+            self.references[key].add(output, _channel_dim(module), self.names[module])
+            made_by[id(output)] = weakref.ref(output), key
+            made.add(key)
 
         def see_norm_input(norm: nn.Module, args: tuple[Any, ...]) -> None:
             self.references[norm, self._call_of(norm)].add(args[0], 1, self.names[norm])
-            reference, module = made_by.get(id(args[0]), (None, norm))
+            reference, key = made_by.get(id(args[0]), (None, (norm, 0)))
             if reference is not None and reference() is args[0]:
-                self.num_straight[module] += 1
+                straight.add(key)
 
         widest = self.bit_widths[-1]
         with at_bit_width(self.model, widest), self._in_float(), self._hooked() as handles:
@@ -110,6 +112,7 @@ class Corrections:
             for norm in self.norms:
                 handles.append(norm.register_forward_pre_hook(see_norm_input))
             yield
+        self.exposed |= {module for module, _ in made - straight}
         for search in self.steps.values():
             search.choose_kind()
 
@@ -162,20 +165,30 @@ class Corrections:
             if not calls or self._is_absorbed(module):
                 continue
             found = {b: self._correction(module, b, calls) for b in self.bit_widths}
+            known = {b: f for b, f in found.items() if f is not None}  # others stay: it did not run
+            if not known:
+                continue
             if self.has_own_gain[module]:
-                self._set_gains(module, {b: f[0] for b, f in found.items() if f is not None})
+                self._set_gains(module, {b: ratio for b, (ratio, _) in known.items()})
             if self.has_own_bias[module]:
-                shifts = [f[1] for f in found.values() if f is not None]
-                for row, shift in zip(module.give_bias_rows(), shifts, strict=True):
-                    row.copy_(shift)
+                rows = module.give_bias_rows()
+                for bit_width, (_, shift) in known.items():
+                    rows[self.bit_widths.index(bit_width)].copy_(shift)
+
+    def uncalled(self) -> list[LayeredModule]:
+        """Those that no pass in float has run: if anything, their weight is read."""
+        called = {module for module, _ in self.references}
+        return [module for module in self.outputs if module not in called]
 
     def _set_gains(self, module: LayeredModule, ratios: Mapping[int, Tensor]) -> None:
-        quantizer = module.weight_quantizer
-        gains = {}
+        """Multiply the gains that the outputs were computed with."""
+        quantizer, shape = module.weight_quantizer, module.weight_quantizer.clip.shape
+        before = dict(zip(quantizer.own_bit_widths, quantizer.gain.cpu(), strict=True))
+        gains = dict(before)
         for bit_width, ratio in ratios.items():
-            spread = ratio.float().cpu().reshape(-1, *[1] * (quantizer.clip.dim() - 1))
-            own = max(bit_width, int(quantizer.pinned))
-            gains[own] = spread.expand(quantizer.clip.shape)
+            spread = ratio.float().cpu().reshape(-1, *[1] * (len(shape) - 1))
+            own = quantizer.own_bit_width(bit_width)
+            gains[own] = before[own].float() * spread.expand(shape)
         quantizer.set_grid(quantizer.scale, gains)
 
     def _set_row(self, norm: nn.Module, bit_width: int, calls: list[int]) -> None:
@@ -236,7 +249,7 @@ class Corrections:
 
     def _is_absorbed(self, module: nn.Module) -> bool:
         """Whether all outputs of ``module`` go straight into a batch norm, which corrects them."""
-        return self.num_straight[module] == len(self._calls_of(module))
+        return module not in self.exposed
 
     def _call_of(self, module: nn.Module) -> int:
         """The number of the call of ``module`` that is going on, from 0 in each pass."""

@@ -35,9 +35,13 @@ class Moments:
     def add(self, values: Tensor, channel_dim: int, where: str) -> None:
         """Take in ``values``, whose channels lie along ``channel_dim``.
 
+        Those of one dimension are a single sample: one value of each channel.
+
         Raises:
             LayeringError: If there are none, or they are not finite.
         """
+        if values.dim() == 1:  # no dimensions to reduce, which torch would read as all of them
+            values, channel_dim = values.unsqueeze(0), -1
         other = Moments()
         other.num = values.numel() // max(values.shape[channel_dim], 1)
         if not other.num:
