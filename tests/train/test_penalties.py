@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nets import ConvNet, ZooNet
+from nets import ConvNet
 from torch import nn
 
 from plyweight.codec import codes_at, decode, encode
@@ -80,14 +80,27 @@ def test_a_pinned_module_is_damped_at_its_own_bit_width():
     )
 
 
-def test_tied_weights_and_groups_are_counted_once():
-    model = prepare(ZooNet(), (2, 4, 8), group_size=4)
-    count = sum(m.latent_weight.numel() for m in model.modules() if hasattr(m, "latent_weight"))
-    tied = model.embedding.latent_weight
-    assert tied is model.head.latent_weight
-    assert damping_penalty(model, bit_width=4).isfinite()
-    assert moment_penalty(model).isfinite()
-    assert count > tied.numel()
+@pytest.mark.parametrize("penalty", [lambda m: damping_penalty(m, bit_width=4), moment_penalty])
+def test_tied_weights_are_counted_once(penalty):
+    one, other = nn.Linear(6, 6), nn.Linear(6, 6)
+    nn.init.normal_(other.weight)  # of another distribution than the uniform start
+    tied = nn.Linear(6, 6)
+    tied.weight = one.weight
+    expected = penalty(prepare(nn.Sequential(one, other), (2, 4, 8)))
+    assert penalty(prepare(nn.Sequential(one, tied, other), (2, 4, 8))) == expected
+    tied.weight = nn.Parameter(one.weight.detach().clone())
+    assert penalty(prepare(nn.Sequential(one, tied, other), (2, 4, 8))) != expected
+
+
+def test_a_group_is_damped_as_a_channel_of_its_own():
+    net, cut = nn.Linear(8, 5, bias=False), nn.Linear(4, 10, bias=False)
+    with torch.no_grad():
+        cut.weight.copy_(net.weight.view(10, 4))
+    for bit_width in (2, 4, 8):
+        torch.testing.assert_close(
+            damping_penalty(prepare(net, (2, 4, 8), group_size=4), bit_width=bit_width),
+            damping_penalty(prepare(cut, (2, 4, 8)), bit_width=bit_width),
+        )
 
 
 def test_what_cannot_be_penalized_is_refused():
