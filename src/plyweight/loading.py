@@ -203,10 +203,11 @@ class _Loaded:
                 continue
             own = quantizer.own_bit_width(self.header.bit_widths[index])
             row = quantizer.own_bit_widths.index(own)
-            new_step = float(quantizer.steps[row] if step is None else _tensor(step))
-            zero = float(quantizer.zero_points[row] if zero_point is None else _tensor(zero_point))
+            held_step, held_zero = quantizer.steps[row], quantizer.zero_points[row]
+            new_step = float(held_step.detach() if step is None else _tensor(step))
+            new_zero = float(held_zero.detach() if zero_point is None else _tensor(zero_point))
             for bit_width in quantizer.available_bit_widths[index:]:
-                quantizer.set_step(bit_width, new_step, zero)
+                quantizer.set_step(bit_width, new_step, new_zero)
         for name, tensor in self._rows().items():
             if name in views:
                 with torch.no_grad():
