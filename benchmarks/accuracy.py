@@ -107,7 +107,7 @@ def main() -> int:
             code = make(run, runs, [*common, *others])
             if code:
                 return code
-    return report(options.net, runs, options.out, others)
+    return report(options.net, runs, options.out, others, is_asked=options.report)
 
 
 def split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -174,12 +174,12 @@ def results_of(run: Run, runs: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def report(net: str, runs: Path, out: Path, others: Sequence[str]) -> int:
+def report(net: str, runs: Path, out: Path, others: Sequence[str], *, is_asked: bool) -> int:
     """Write tables, figures and logs of the runs that are done; the exit code."""
     found = Found.under(runs)
     if not any(run.name == "layered" for run in found.results):
         print(f"{runs} has no layered run that is done; there is nothing to report.")
-        return 1
+        return 1 if is_asked else 0
     summary = {kind: found.rows(kind) for kind in KINDS if found.num_images(kind)}
     tables = "\n\n".join(as_markdown(found, kind, rows) for kind, rows in summary.items())
     print(tables)
@@ -188,7 +188,9 @@ def report(net: str, runs: Path, out: Path, others: Sequence[str]) -> int:
     command = " ".join(
         [
             f"python benchmarks/accuracy.py --data FOLDER --net {net} --seeds",
-            *sorted({str(run.seed) for run in found.results if run.name == "layered"}),
+            *map(str, sorted({run.seed for run in found.results if run.name == "layered"})),
+            "--dedicated",
+            *(str(b) for b in reversed(BIT_WIDTHS) if found.of_kind(f"dedicated-{b}")),
             f"--compile {conditions['compile']}",
             *(["--", *others] if others else []),
         ]
@@ -205,12 +207,14 @@ def report(net: str, runs: Path, out: Path, others: Sequence[str]) -> int:
         "summary": summary,
         "runs": {str(run): results for run, results in found.results.items()},
     }
-    (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (out / f"{name}.md").write_text(
+    page = (
         f"# {net} on CIFAR-10: one artifact against dedicated models\n\n{tables}\n\n"
         f"`{command}` · {conditions['machine']} · torch {conditions['versions']['torch']} · "
         f"{conditions['date']} · details in {name}.json, a log for each run in {name}/\n"
     )
+    for ending, text in (("json", json.dumps(content, indent=1) + "\n"), ("md", page)):
+        with publish_atomically(out / f"{name}.{ending}") as file:
+            file.write(text.encode())
     draw(net, found, summary["held_out"], out / f"{name}.png")
     return 0
 
@@ -236,7 +240,12 @@ class Found:
             results[run] = json.loads(path.read_text())
             with np.load(path.parent / "predictions.npz") as arrays:
                 predictions[run] = dict(arrays)
+        check_alike(results)
         return cls(results, predictions)
+
+    def of_kind(self, name: str) -> list[Run]:
+        """The runs of that name."""
+        return [run for run in self.results if run.name == name]
 
     def num_images(self, kind: str) -> int:
         """How many test images of that kind there are."""
@@ -292,6 +301,23 @@ class Found:
             "float_recipe": of_float[0]["configuration"]["recipe"] if of_float else None,
             "seconds_of_training": {str(run): r["seconds"] for run, r in self.results.items()},
         }
+
+
+def check_alike(results: dict[Run, dict[str, Any]]) -> None:
+    """End with a sentence where runs were not made by one recipe: their table would be none."""
+    own = ("bit_widths", "seed", "method", "float_weights", "recipe")
+    first: dict[str, tuple[Run, Any]] = {}
+    for run, result in results.items():
+        configuration = dict(result["configuration"])
+        part = "float recipe" if run.name == "float" else "recipe"
+        facts = {k: v for k, v in configuration.items() if k not in own}
+        for name, fact in (facts | {part: configuration["recipe"]}).items():
+            earlier, value = first.setdefault(name, (run, fact))
+            if value != fact:
+                sys.exit(
+                    f"{earlier} and {run} differ in {name} ({value} and {fact}), so they cannot "
+                    "stand in one table; move the folder of one of them away and start again."
+                )
 
 
 def percentages(right: dict[int, np.ndarray]) -> list[float]:

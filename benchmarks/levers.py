@@ -4,12 +4,13 @@
     python benchmarks/levers.py ... --only mean mgda --seeds 0      # a part of it, in one process
     python benchmarks/levers.py --report                            # the table of what there is
 
-ResNet-8, five epochs of once-QAT on 12,800 CIFAR-10 training images from one float network, widths
-8, 6, 4, 3, 2, activations as wide as the weights, first and last module at 8 bits, bfloat16
-autocast in training, batch norms measured again at the end; accuracy in float32 on 10,000 images
-that were not trained on. Each variant differs from "mean", the default, in the one thing its name
-says. A run is kept as soon as it is over, and not repeated. Differences in brackets are to "mean",
-paired by seed. What a step costs: benchmarks/training.py.
+ResNet-8, five epochs of once-QAT on 12,800 CIFAR-10 training images from one float network (that of
+`examples/cifar10.py --net resnet8 --method float`), widths 8, 6, 4, 3, 2, activations as wide as
+the weights, first and last module at 8 bits, bfloat16 autocast in training, batch norms measured
+again at the end; accuracy in float32 on 10,000 images that were not trained on. Each variant
+differs from "mean", which is plain training from the grids of `prepare`, in the one thing its name
+says; the recipes take what won together. Differences in brackets are to "mean", paired by seed. A
+run is kept as soon as it is over, and not repeated. What a step costs: benchmarks/training.py.
 """
 
 import argparse
@@ -31,6 +32,7 @@ sys.path.insert(0, str(ROOT.parent / "examples"))
 
 import torch
 import torch.nn.functional as F
+from cifar10_checkpoints import digest_of
 from cifar10_data import Cifar10
 from cifar10_nets import FIRST_AND_LAST, NETS
 from safetensors.torch import load_file
@@ -38,6 +40,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import plyweight
+from plyweight.artifact import publish_atomically
 from plyweight.nn import at_bit_width
 from plyweight.quantizers import WeightQuantizer
 from plyweight.train import RateByBitWidth, damping_penalty, moment_penalty, parameter_groups
@@ -68,7 +71,7 @@ class Variant:
 
 
 VARIANTS = {
-    "mean": Variant("the default: plain mean over the bit-widths"),
+    "mean": Variant("plain mean over the bit-widths, distillation, from prepare's grids"),
     "weighted": Variant(
         "weights 1 / 1.5 / 2 for >= 4 / 3 / 2 bits",
         {"weights": {8: 1.0, 6: 1.0, 4: 1.0, 3: 1.5, 2: 2.0}},
@@ -91,6 +94,15 @@ VARIANTS = {
         is_calibrated=True,
         learning_rate=0.02,
     ),
+    "recipe-0.04": Variant(
+        "calibrated start, float teacher: that of the example", has_teacher=True, is_calibrated=True
+    ),
+    "recipe-sandwich": Variant(
+        "the same by the sandwich rule",
+        {"sampling": "sandwich"},
+        has_teacher=True,
+        is_calibrated=True,
+    ),
     "sandwich": Variant("widest, narrowest, one between", {"sampling": "sandwich"}),
     "gains": Variant("gains as they start, not learned", learns_gains=False),
     "decay": Variant("weight decay on scales, norms and biases too", decays_all=True),
@@ -111,6 +123,7 @@ class Result:
         running: with the running statistics of training; of the default alone.
         averaged: of the exponential moving average of the weights; likewise.
         step_s: median seconds of a step here; benchmarks/training.py compares steps fairly.
+        conditions: what has to be the same for runs to be compared.
     """
 
     variant: str
@@ -120,6 +133,7 @@ class Result:
     averaged: dict[int, float]
     step_s: float
     float_accuracy: float
+    conditions: dict[str, str | int]
 
 
 def main() -> None:
@@ -131,7 +145,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--runs", type=Path, default=Path("runs/levers"), help="kept runs")
     parser.add_argument("--report", action="store_true", help="only the table")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     if not arguments.report:
@@ -147,7 +161,8 @@ def main() -> None:
                 if not path.exists():
                     torch.compiler.reset()  # or the graphs of earlier variants count as its own
                     result = run(name, seed, net, data)
-                    path.write_text(json.dumps(asdict(result)))
+                    with publish_atomically(path) as file:
+                        file.write(json.dumps(asdict(result)).encode())
                     print(f"{name}, seed {seed}: {result.accuracy}", file=sys.stderr, flush=True)
     write_report(arguments.runs)
 
@@ -219,6 +234,11 @@ def run(name: str, seed: int, float_net: nn.Module, data: Cifar10) -> Result:
         averaged=of_average,
         step_s=statistics.median(seconds),
         float_accuracy=accuracy(float_net, data),
+        conditions={
+            "float_weights": digest_of(float_net),
+            "threads": torch.get_num_threads(),
+            "torch": version("torch"),
+        },
     )
 
 
@@ -281,26 +301,32 @@ def write_report(runs: Path) -> None:
         found = [with_integer_widths(Result(**entry)) for entry in kept if entry["variant"] == name]
         if found:
             by_variant[name] = found
+    distinct = {json.dumps(entry.get("conditions"), sort_keys=True) for entry in kept}
+    if len(distinct) > 1:
+        sys.exit(f"{runs} has runs of different conditions: {'; '.join(sorted(distinct))}.")
     if "mean" not in by_variant:
         sys.exit(f"{runs} has no run of 'mean', which all others are compared with.")
     table = as_markdown(by_variant)
     print(table)
     conditions = {
-        "command": "python benchmarks/levers.py --data ../shared/data/cifar10 --weights W",
+        "command": "python benchmarks/levers.py --data FOLDER --weights float.safetensors",
+        "weights": "of python examples/cifar10.py --net resnet8 --method float --compile default",
         "budget": f"{NUM_TRAIN} images, {EPOCHS} epochs, batch {BATCH_SIZE}, ResNet-8",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU, one thread a run",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU",
+        **(by_variant["mean"][0].conditions or {}),
         "versions": {n: version(n) for n in ("plyweight", "torch", "torchjd")},
         "date": time.strftime("%Y-%m-%d"),
     }
     rows = [asdict(result) for results in by_variant.values() for result in results]
-    (ROOT / "results" / "levers.json").write_text(
-        json.dumps({"conditions": conditions, "runs": rows}, indent=1) + "\n"
+    page = (
+        f"# Levers of once-QAT, one at a time\n\n{table}\n\n`{conditions['command']}`, with the "
+        f"weights of `{conditions['weights'].removeprefix('of ')}` · {conditions['machine']} · "
+        f"torch {version('torch')} · {conditions['date']} · details in levers.json\n"
     )
-    (ROOT / "results" / "levers.md").write_text(
-        f"# Levers of once-QAT, one at a time\n\n{table}\n\n`{conditions['command']}` · "
-        f"{conditions['machine']} · torch {version('torch')} · {conditions['date']} · "
-        "details in levers.json\n"
-    )
+    content = json.dumps({"conditions": conditions, "runs": rows}, indent=1) + "\n"
+    for name, text in (("levers.md", page), ("levers.json", content)):
+        with publish_atomically(ROOT / "results" / name) as file:
+            file.write(text.encode())
 
 
 def with_integer_widths(result: Result) -> Result:
@@ -341,7 +367,10 @@ def as_markdown(by_variant: dict[str, list[Result]]) -> str:
             for r in results
             if r.seed in default
         ]
-        overall = f"{statistics.mean(per_seed):+.2f} ({min(per_seed):+.2f}, {max(per_seed):+.2f})"
+        overall = "-"
+        if per_seed:
+            low, high = min(per_seed), max(per_seed)
+            overall = f"{statistics.mean(per_seed):+.2f} ({low:+.2f}, {high:+.2f})"
         lines.append(f"| {name} | {question} | {len(results)} | {' | '.join(cells)} | {overall} |")
     return "\n".join(lines)
 
