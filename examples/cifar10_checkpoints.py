@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from plyweight.artifact import publish_atomically
+from plyweight.errors import listed
 
 __all__ = [
     "CheckpointError",
@@ -153,7 +154,7 @@ def give_weights(net: nn.Module, weights: Mapping[str, Tensor], *, where: Path) 
     ]
     if differences:
         raise CheckpointError(
-            f"{where} is not of this {type(net).__name__}: {', '.join(sorted(differences)[:4])}. "
+            f"{where} is not of this {type(net).__name__}: {listed(sorted(differences), most=4)}. "
             "Give the --net that it was trained as, with the same number of classes."
         )
     net.load_state_dict(dict(weights), strict=False)

@@ -25,6 +25,7 @@ NUM_CLASSES = 10
 HELD_OUT_SHARE = 5  # one in five
 NUM_SHEETS, NUM_TRAINING_SHEETS, SHEET_SIZE = 51, 50, 1_000
 PADDING = 4
+NUM_SEEDS = 2**63  # a generator takes no larger ones
 # The official files are pickles, which could run anything; these are all that arrays ask for.
 PICKLED = {
     ("ndarray", "numpy"),
@@ -126,10 +127,11 @@ class Cifar10:
             is_augmented: whether images are shifted by up to 4 pixels and mirrored at random.
         """
         epoch, index = divmod(step, self.steps_per_epoch(batch_size))
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        seed_of_epoch = seed * 1_000_003 + epoch
+        generator = torch.Generator().manual_seed(seed_of_epoch % NUM_SEEDS)
         order = torch.randperm(len(self.train_images), generator=generator)
         chosen = order[index * batch_size : (index + 1) * batch_size]
-        generator.manual_seed((seed * 1_000_003 + epoch) * 1_000_003 + index + 1)
+        generator.manual_seed((seed_of_epoch * 1_000_003 + index + 1) % NUM_SEEDS)
         corners = torch.randint(2 * PADDING + 1, (batch_size, 2), generator=generator)
         mirrored = torch.rand(batch_size, generator=generator) < 0.5
         mine = slice(part, None, parts)
@@ -213,7 +215,7 @@ def _read_sheets(folder: Path) -> tuple[Tensor, Tensor]:
 def _labels_of(path: Path) -> Tensor:
     try:
         return torch.from_numpy(np.load(path).astype(np.int64).reshape(-1))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, EOFError) as error:  # EOFError: the file is empty
         raise DataError(f"{path} holds no labels ({error}).") from error
 
 
@@ -222,8 +224,15 @@ def _read_torchvision(folder: Path) -> tuple[Tensor, Tensor, int]:
     images, labels = [], []
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         entry = _unpickled(folder / name)
-        images.append(np.asarray(entry["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
-        labels.append(np.asarray(entry["labels"], dtype=np.int64))
+        try:
+            pixels = np.asarray(entry["data"], dtype=np.uint8)
+            images.append(pixels.reshape(len(pixels), 3, 32, 32))
+            labels.append(np.asarray(entry["labels"], dtype=np.int64).reshape(-1))
+        except (ValueError, TypeError, OverflowError) as error:  # another size, or no bytes
+            raise DataError(
+                f"{folder / name} has no labelled images of 32 x 32 pixels in three colours "
+                f"({error}); let torchvision download the data again."
+            ) from error
     return (
         torch.from_numpy(np.concatenate(images)),
         torch.from_numpy(np.concatenate(labels)),

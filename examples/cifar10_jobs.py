@@ -7,7 +7,7 @@ already need not be made again, and a folder of another configuration is left al
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -92,11 +92,11 @@ def make(job: Job, data: Cifar10, place: Place) -> dict[str, Any] | None:
         CheckpointError: If the folder has a run of another configuration, or weights do not fit.
         DataError: If the images make no batch.
         Stopped: If Ctrl-C or SIGTERM came while training; a checkpoint is left.
-        TrainingError: If the loss of the float network is NaN or infinite.
+        TrainingError: If the loss of the float network, or a parameter, is NaN or infinite.
         PlyweightError: If that of a bit-width is (``LossError``), or a file cannot be written.
     """
     check_batches(job, data, place)
-    float_net = float_network(job, data, place)
+    float_net, seconds = float_network(job, data, place)
     configuration = configuration_of(job, float_net, data, place)
     path = job.out / "results.json"
     if path.exists():
@@ -106,7 +106,7 @@ def make(job: Job, data: Cifar10, place: Place) -> dict[str, Any] | None:
             return None
         say(f"{path} is there already, so this run is done; give another --out for a new one.")
         return results
-    model, seconds = None, 0.0
+    model = None
     if job.method == "once-qat":
         model, seconds = trained_network(job, float_net, data, place, configuration)
     elif job.method == "calibrate":
@@ -130,16 +130,19 @@ def make(job: Job, data: Cifar10, place: Place) -> dict[str, Any] | None:
     return results
 
 
-def float_network(job: Job, data: Cifar10, place: Place) -> nn.Module:
-    """The float network of ``job``: from ``weights``, from an earlier run, or trained now."""
+def float_network(job: Job, data: Cifar10, place: Place) -> tuple[nn.Module, float]:
+    """The float network of ``job``, and the seconds of training it.
+
+    It is that of ``weights`` or one that was finished here before, in no time, or trained now.
+    """
     job.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(job.seed)
     net = NETS[job.net](10).to(place.device)
     if job.weights is not None:
         load_weights(net, job.weights)
-        return net.eval()
+        return net.eval(), 0.0
     configuration = float_configuration(job, data, place)
-    path = job.out / "float.safetensors"
+    path, seconds = job.out / "float.safetensors", 0.0
     weights = read_finished_weights(path, configuration)
     if weights is None:
         stage = float_stage(net, data, job.float_recipe, seed=job.seed, place=place)
@@ -149,13 +152,14 @@ def float_network(job: Job, data: Cifar10, place: Place) -> nn.Module:
 
         shown = shown_batches(data)
         run_stage(job, stage, configuration, evaluate)
+        seconds = stage.history[-1]["seconds"]
         if place.is_first:
             write_finished_weights(path, configuration, net)
             checkpoint_of(job, stage).unlink(missing_ok=True)  # it has nothing left to resume
         place.wait()  # all go on from the very same file
         weights = read_finished_weights(path, configuration)
     give_weights(net, weights, where=path)
-    return net.eval()
+    return net.eval(), seconds
 
 
 def calibrated_network(job: Job, float_net: nn.Module, data: Cifar10) -> nn.Module:
@@ -219,6 +223,7 @@ def run_stage(
     """Take the steps of ``stage`` that are left, from its checkpoint on if there is one."""
     path = checkpoint_of(job, stage)
     state = read_checkpoint(path, configuration)
+    stage.place.wait()  # a stage that is over takes its checkpoint away: all have read it
     if state is not None:
         stage.load_state_dict(state)
     log = Log(
@@ -310,7 +315,8 @@ def configuration_of(job: Job, float_net: nn.Module, data: Cifar10, place: Place
     """Everything that decides what comes out."""
     configuration = float_configuration(job, data, place) | {"method": job.method}
     if job.method == "float":
-        return configuration
+        is_trained_here = job.weights is None  # by what is in the configuration already
+        return configuration | ({} if is_trained_here else {"float_weights": digest_of(float_net)})
     return configuration | {
         "bit_widths": list(job.bit_widths),
         "recipe": plain(job.recipe),
@@ -339,8 +345,8 @@ def check_batches(job: Job, data: Cifar10, place: Place) -> None:
 
 def shown_batches(data: Cifar10) -> Batches:
     """The first of the held-out images, enough to see where training goes."""
-    size = 125
-    return data.test_batches(size)[: NUM_SHOWN // size]
+    images, labels = data.test_images[:NUM_SHOWN], data.test_labels[:NUM_SHOWN]
+    return replace(data, test_images=images, test_labels=labels).test_batches()
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:

@@ -97,7 +97,8 @@ class Log:
         self._bars.reset(self._task, total=self._bars.tasks[0].total, completed=step)
         if self._writer_class is not None:
             folder = str(self._events_folder)
-            self._events = self._writer_class(folder, purge_step=step + 1 if step else None)
+            # Steps that a killed run logged beyond its last checkpoint are not shown any more.
+            self._events = self._writer_class(folder, purge_step=step + 1)
         if history:
             self._write_csv(history)
 

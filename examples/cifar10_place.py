@@ -13,10 +13,14 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["COMPILE_MODES", "Place", "place_of_this_process"]
+__all__ = ["COMPILE_MODES", "Place", "PlaceError", "place_of_this_process"]
 
 # What --compile offers, and the mode of torch.compile it stands for.
 COMPILE_MODES = {"none": None, "default": "default", "cuda-graphs": "reduce-overhead"}
+
+
+class PlaceError(Exception):
+    """There is no such device here."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,15 @@ class Place:
 
     def any_process(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any process; all of them must ask."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, number: int) -> int:
+        """The largest ``number`` of all processes; all of them must ask."""
         if self.num_processes == 1:
-            return flag
-        flags = torch.tensor(float(flag), device=self.device)
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        return bool(flags)
+            return number
+        numbers = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+        return int(numbers)
 
     def wait(self) -> None:
         """Go on when all processes have come here."""
@@ -84,14 +92,16 @@ def place_of_this_process(
         device: "cpu", "cuda" ...; None for a GPU if there is one.
         compile: a key of ``COMPILE_MODES``.
         is_mixed: whether to compute in bfloat16 where that is safe.
+
+    Raises:
+        PlaceError: If there is no such device here.
     """
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    kind = _device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"), num_processes)
     if num_processes == 1:
         yield Place(kind, compile=compile, is_mixed=is_mixed)
         return
     if kind.type == "cuda":
-        kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(kind)
     torch.distributed.init_process_group("nccl" if kind.type == "cuda" else "gloo")
     try:
@@ -99,3 +109,19 @@ def place_of_this_process(
         yield Place(kind, rank, num_processes, compile=compile, is_mixed=is_mixed)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _device_named(name: str, num_processes: int) -> torch.device:
+    """The device of that name, or of several GPUs the one of this process; it was computed on."""
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and num_processes > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        float(torch.ones((), device=device))
+    except (RuntimeError, AssertionError, ImportError) as error:  # what torch says in its places
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise PlaceError(
+            f"--device {name} cannot be computed on ({reason}); give cpu, or cuda where each "
+            "process has a GPU."
+        ) from error
+    return device

@@ -148,8 +148,9 @@ class Stage:
 
         Raises:
             Stopped: If Ctrl-C or SIGTERM came; a checkpoint is left.
-            TrainingError: If the float network's loss is NaN or infinite.
-            LossError: If that of a bit-width is; the last checkpoint stays as it is.
+            TrainingError: If the float network's loss is NaN or infinite, or a parameter that
+                would be saved.
+            LossError: If the loss of a bit-width is; the last checkpoint stays as it is.
         """
         save_every = save_every or self.steps_per_epoch
         self.net.train()
@@ -164,11 +165,17 @@ class Stage:
                     self._end_epoch(evaluate)
                     log.epoch(self.history)
                 is_last = self.step == self.num_steps
-                is_stopped = not is_last and self._is_stopped(stop)
-                if self.place.is_first and (is_last or is_stopped or self.step % save_every == 0):
-                    save(self.state_dict())
-                if is_stopped:
-                    raise Stopped(self.name, self.step, self.num_steps, stop.received)
+                signal_number = 0 if is_last else self._signal_received(stop)
+                if is_last or signal_number or self.step % save_every == 0:
+                    self._check_parameters()
+                    if self.place.is_first:
+                        save(self.state_dict())
+                if signal_number:
+                    raise Stopped(self.name, self.step, self.num_steps, signal_number)
+            # One that came in the last step, or while its checkpoint was written.
+            signal_number = self.place.largest(stop.received)
+            if signal_number:
+                raise Stopped(self.name, self.step, self.num_steps, signal_number)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs; tensors and plain values."""
@@ -269,10 +276,21 @@ class Stage:
             row |= {f"accuracy/{name}": value for name, value in accuracies.items()}
         self.history = [*self.history, row]
 
-    def _is_stopped(self, stop: StopSignal) -> bool:
+    def _check_parameters(self) -> None:
+        """No checkpoint is of a network that is lost; parameters are the same in all processes."""
+        for name, parameter in self.net.named_parameters():
+            if not parameter.isfinite().all():
+                raise TrainingError(
+                    f"{name} has values that are not finite after {self.step:,} steps of "
+                    f"{self.name}, though the losses were. The last checkpoint is kept; lower the "
+                    "learning rate."
+                )
+
+    def _signal_received(self, stop: StopSignal) -> int:
+        """The number of the signal that any process got; 0 for none."""
         if self.place.num_processes > 1 and self.step % ASK_EVERY:
-            return False
-        return self.place.any_process(bool(stop.received))
+            return 0
+        return self.place.largest(stop.received)
 
 
 def float_stage(net: nn.Module, data: Cifar10, recipe: Recipe, *, seed: int, place: Place) -> Stage:
@@ -285,10 +303,12 @@ def float_stage(net: nn.Module, data: Cifar10, recipe: Recipe, *, seed: int, pla
             loss = F.cross_entropy(shared(images), labels)
         loss.backward()
         loss = loss.detach()
-        if not loss.isfinite():
+        is_finite = bool(loss.isfinite())
+        if place.any_process(not is_finite):  # all have the mean of the gradients, and stop
+            elsewhere = ", and not finite in another process" if is_finite else ""
             raise TrainingError(
-                f"the loss of the float network is {float(loss)} in step {step}. The last "
-                "checkpoint is kept; lower --float-learning-rate."
+                f"the loss of the float network is {float(loss)} in step {step}{elsewhere}. The "
+                "last checkpoint is kept; lower --float-learning-rate."
             )
         return {"float": loss}
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from cifar10_checkpoints import CheckpointError, read_checkpoint
 from cifar10_data import Cifar10
 from cifar10_jobs import accuracy, predictions
 from cifar10_nets import NETS
+from cifar10_place import Place
 from cifar10_stages import Stage
 from examples.pictures import write_pictures
 from safetensors.torch import load_file, save_file
@@ -150,6 +152,30 @@ def test_a_run_that_is_told_to_stop_leaves_a_checkpoint_and_says_how_to_go_on(
     assert artifact_of(out) == artifact_of(unbroken)
 
 
+def test_a_run_that_is_told_to_stop_in_the_last_step_of_a_stage_stops_after_it(
+    pictures, out, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "_take_step", sends(signal.SIGTERM, stage="float", step=3))
+        assert run(pictures, out, "--method", "float") == 143
+    assert "stopped in float after 4 of 4 steps" in capsys.readouterr().err
+    assert run(pictures, out, "--method", "float") == 0
+    results = json.loads((out / "results.json").read_text())
+    (row,) = rows_of(out / "float.csv")
+    assert results["seconds"] == float(row["seconds"]) > 0
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_process_stops_for_the_signal_of_another_and_only_the_first_says_so(
+    is_first, pictures, out, monkeypatch, capsys
+):
+    monkeypatch.setattr(Place, "any_process", lambda _, flag: flag)
+    monkeypatch.setattr(Place, "largest", lambda _, number: max(number, signal.SIGTERM))
+    monkeypatch.setattr(Place, "is_first", is_first)
+    assert run(pictures, out) == 143
+    assert ("stopped in float after 1 of 4 steps" in capsys.readouterr().err) == is_first
+
+
 def test_a_run_that_is_done_says_so_and_changes_nothing(pictures, unbroken, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in unbroken.iterdir()}
     assert run(pictures, unbroken, *STATEFUL) == 0
@@ -220,6 +246,14 @@ def test_bit_widths_that_make_no_artifact_are_refused_before_anything_is_read(
         ["--batch-size", "-1"],
         ["--width-weights", "2:2"],
         ["--balance", "fair"],
+        ["--seed", "-1"],
+        ["--seed", str(2**63)],
+        ["--float-learning-rate", "-0.1"],
+        ["--learning-rate", "nan"],
+        ["--num-random", "-1"],
+        ["--clip-value", "-1"],
+        ["--ema-decay", "2"],
+        ["--rates", "2=-1"],
     ],
     ids=" ".join,
 )
@@ -228,6 +262,31 @@ def test_options_that_cannot_be_meant_exit_with_2(options, pictures, out, capsys
         run(pictures, out, *options)
     assert stopped.value.code == 2
     assert options[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--width-weights", "--rates"])
+def test_options_for_bit_widths_that_are_not_made_are_refused(option, out, capsys):
+    assert run("nowhere", out, option, "2=2,7=3,5=1") == 2
+    assert f"{option} names 7, 5, but --bit-widths are 2, 4, 8" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_dedicated_model_takes_its_part_of_options_that_are_meant_for_all_bit_widths():
+    options = ["--data", "nowhere", "--bit-widths", "4", "--rates", "2=0.5,4=0.7"]
+    job = cifar10.job_of(cifar10.parser().parse_args(options))
+    assert job.bit_widths == (4,)
+
+
+def test_bit_widths_that_all_count_nothing_are_refused(out, capsys):
+    assert run("nowhere", out, "--width-weights", "2=0,4=0,8=0") == 2
+    assert "not all of them 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_cannot_be_computed_on_is_refused(device, pictures, out, capsys):
+    assert run(pictures, out, "--device", device) == 2
+    assert f"--device {device} cannot be computed on" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_folder_without_pictures_is_named(tmp_path, out, capsys):
@@ -258,7 +317,9 @@ def test_weights_of_another_number_of_classes_are_refused(pictures, tmp_path, ou
 def test_weights_of_another_network_are_refused(pictures, tmp_path, out, capsys):
     torch.save(NETS["resnet20"](10).state_dict(), tmp_path / "twenty.pt")
     assert run(pictures, out, "--weights", str(tmp_path / "twenty.pt")) == 1
-    assert "is not of this ResNet8" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is not of this ResNet8" in said
+    assert re.search(r" and \d+ more\. Give the --net", said)
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "damaged.pt", "damaged.safetensors"])
@@ -277,6 +338,18 @@ def test_float_weights_are_kept_and_serve_a_run_of_other_bit_widths(pictures, un
     assert not (out / "float.csv").exists()
     results = json.loads((out / "results.json").read_text())
     assert [row["bit_width"] for row in results["widths"]] == [8]
+
+
+def test_other_float_weights_in_the_same_folder_are_another_run(pictures, tmp_path, out, capsys):
+    options = {}
+    for name in ("first", "second"):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(NETS["resnet8"](10).state_dict(), path)
+        options[name] = ["--method", "float", "--weights", str(path)]
+    assert run(pictures, out, *options["first"]) == 0
+    assert run(pictures, out, *options["second"]) == 1
+    assert "results.json is of another run: float_weights is" in capsys.readouterr().err
+    assert run(pictures, out, *options["first"]) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
@@ -305,6 +378,36 @@ def test_a_float_loss_that_is_not_finite_stops_the_run_before_its_step(pictures,
     assert run(pictures, out, "--float-learning-rate", "1e30", "--float-epochs", "2") == 1
     assert "the loss of the float network is nan in step" in capsys.readouterr().err
     assert not (out / "float.safetensors").exists()
+
+
+def test_a_parameter_that_is_not_finite_is_never_saved(pictures, out, monkeypatch, capsys):
+    take_step = Stage._take_step
+
+    def take_step_and_have_an_accident(self):
+        losses = take_step(self)
+        if self.step == 4:
+            with torch.no_grad():
+                self.net.conv1.weight[0] = float("inf")
+        return losses
+
+    options = ["--method", "float", "--save-every", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "_take_step", take_step_and_have_an_accident)
+        assert run(pictures, out, *options) == 1
+    assert "conv1.weight has values that are not finite after 4 steps of float" in (
+        capsys.readouterr().err
+    )
+    assert not (out / "float.safetensors").exists()
+    checkpoint = torch.load(out / "float.pt", weights_only=True)
+    assert checkpoint["state"]["step"] == 3
+    assert run(pictures, out, *options) == 0
+
+
+def test_a_missing_solver_is_missed_at_once(pictures, out, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchjd", None)
+    assert run(pictures, out, "--balance", "mgda") == 2
+    assert "this balance needs TorchJD" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_events_for_tensorboard_have_the_figures_of_the_csv_file(pictures, unbroken, out):

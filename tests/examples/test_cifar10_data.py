@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cifar10_data import Cifar10, DataError, augmented
+from cifar10_data import NUM_SEEDS, Cifar10, DataError, _labels_of, augmented
+from cifar10_jobs import SEED_OF_ONCE_QAT, shown_batches
 from examples.pictures import write_pictures
 
 SHEETS = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
@@ -50,6 +51,12 @@ def test_another_step_or_seed_gives_another_batch(data, other):
     assert not torch.equal(images, data.batch(other["step"], 8, seed=other["seed"])[0])
 
 
+def test_any_seed_gives_a_batch_and_seeds_below_ten_thousand_are_not_folded(data):
+    assert data.batch(5, 8, seed=2**62)[0].shape == (8, 3, 32, 32)
+    of_once_qat, epoch, index = 9_999 + SEED_OF_ONCE_QAT, 10_000, 50_000
+    assert (of_once_qat * 1_000_003 + epoch) * 1_000_003 + index + 1 < NUM_SEEDS
+
+
 def test_an_epoch_visits_every_image_once(data):
     visited = torch.cat([data.batch(step, 8, seed=0)[1] for step in range(4)])
     assert visited.sort()[0].tolist() == data.train_labels.sort()[0].tolist()
@@ -74,6 +81,15 @@ def test_augmentation_shifts_and_mirrors_as_a_human_would():
     assert moved[0, 0].tolist() == [[0, 4, 5], [0, 7, 8], [0, 0, 0]]
 
 
+def test_the_images_shown_while_training_are_the_first_2000_of_those_held_out(data):
+    images = torch.arange(2_100, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    labels = torch.arange(2_100)
+    many = Cifar10(*list(vars(data).values())[:2], images, labels, images[:0], labels[:0])
+    for ours, theirs in zip(shown_batches(many), many.test_batches()[:16], strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
 def test_without_official_images_there_are_no_batches_of_them(data):
     none = Cifar10(
         *list(vars(data).values())[:4], data.official_images[:0], data.official_labels[:0]
@@ -93,6 +109,20 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path):
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps(print))
     with pytest.raises(DataError, match=r"data_batch_3 is not a batch .* builtins\.print"):
         Cifar10.load(tmp_path)
+
+
+def test_pictures_of_another_size_are_refused(tmp_path):
+    write_pictures(tmp_path, num_per_file=8)
+    entry = {"data": np.zeros((8, 3 * 28 * 28), dtype=np.uint8), "labels": [0] * 8}
+    (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(pickle.dumps(entry))
+    with pytest.raises(DataError, match=r"data_batch_2 has no labelled images of 32 x 32"):
+        Cifar10.load(tmp_path)
+
+
+def test_labels_that_are_an_empty_file_are_named(tmp_path):
+    (tmp_path / "labels.npy").touch()
+    with pytest.raises(DataError, match=r"labels\.npy holds no labels"):
+        _labels_of(tmp_path / "labels.npy")
 
 
 def test_a_missing_file_is_named(tmp_path):
