@@ -97,6 +97,12 @@ VARIANTS = {
     "recipe-0.04": Variant(
         "calibrated start, float teacher: that of the example", has_teacher=True, is_calibrated=True
     ),
+    "recipe-rows": Variant(
+        "the same, own rows of every width at 5 times the rate",
+        has_teacher=True,
+        is_calibrated=True,
+        rates=dict.fromkeys(BIT_WIDTHS, 5.0),
+    ),
     "recipe-sandwich": Variant(
         "the same by the sandwich rule",
         {"sampling": "sandwich"},
