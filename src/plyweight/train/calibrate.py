@@ -29,20 +29,20 @@ Rapid-Deployment" (NeurIPS 2019) for the standard deviations and the search of c
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
 
 from plyweight.codec import MAGNITUDES
-from plyweight.errors import BitWidthError, LayeringError
+from plyweight.errors import LayeringError
 from plyweight.nn.bit_width import at_bit_width, bit_widths_of
 from plyweight.nn.layered import LayeredModule
 from plyweight.quantizers import ActivationQuantizer, Switchable
 from plyweight.quantizers.clip_search import fitted_gain, joint_clip
 from plyweight.train.batch_norm import check_arguments, inputs_of
 from plyweight.train.corrections import Corrections, may_have_gains, users_of
+from plyweight.train.width_weights import checked_weights
 
 __all__ = ["calibrate"]
 
@@ -80,7 +80,7 @@ def calibrate(
     """
     check_arguments(model, loader, num_batches, forward)
     bit_widths = bit_widths_of(model)
-    counts = _counts(weights, bit_widths)
+    counts = checked_weights(weights, bit_widths)
     if not any(isinstance(module, LayeredModule) for module in model.modules()):
         raise LayeringError(
             f"{type(model).__name__} has no latent weights to calibrate; take a model from "
@@ -126,25 +126,6 @@ def _fit_gains(module: LayeredModule) -> None:
     own = quantizer.own_bit_widths
     fits = {b: fitted_gain(weight, clip, b, group_size=group_size) for b in own}
     quantizer.set_grid(quantizer.scale, {b: torch.tensor([fit]) for b, fit in fits.items()})
-
-
-def _counts(weights: Mapping[int, float] | None, bit_widths: tuple[int, ...]) -> dict[int, float]:
-    """``weights`` for every one of ``bit_widths``."""
-    if weights is None:
-        return dict.fromkeys(bit_widths, 1.0)
-    if not isinstance(weights, Mapping):
-        raise LayeringError(f"weights is {weights!r}; give a mapping such as {{2: 2.0, 8: 1.0}}.")
-    for bit_width, weight in weights.items():
-        if bit_width not in bit_widths:
-            raise BitWidthError(bit_width, stored=bit_widths, where="the model")
-        if not isinstance(weight, Real) or not 0 <= weight < float("inf"):
-            raise LayeringError(f"weights[{bit_width}] is {weight!r}; give a number of 0 or more.")
-    counts = {b: float(weights.get(b, 0.0)) for b in bit_widths}
-    if len(weights) < len(bit_widths) or not any(counts.values()):
-        raise LayeringError(
-            f"weights is {dict(weights)}; give one for each of {bit_widths}, not all of them 0."
-        )
-    return counts
 
 
 @contextmanager
