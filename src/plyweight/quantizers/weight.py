@@ -88,7 +88,7 @@ class WeightQuantizer(Switchable):
     def codes(self, weight: Tensor) -> Tensor:
         """The 8-bit codes of ``weight``, uint8 of its shape."""
         with torch.no_grad():
-            codes: Tensor = encode(weight, self._spread(self.scale, weight))
+            codes: Tensor = encode(weight, self.spread_scale(weight))
             return codes
 
     def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -115,8 +115,7 @@ class WeightQuantizer(Switchable):
     @torch.no_grad()
     def fit_gain(self, weight: Tensor) -> None:
         """Set the gains of the narrowest bit-widths to the least-squares fit, others to 1."""
-        scale = self._spread(self.scale, weight)
-        codes = encode(weight, scale)
+        scale, codes = self.spread_scale(weight), self.codes(weight)
         for row, bit_width in enumerate(self.own_bit_widths):
             if bit_width <= FITTED_GAIN:
                 ungained = decode(codes_at(codes, bit_width), bit_width).float() * scale
@@ -131,8 +130,7 @@ class WeightQuantizer(Switchable):
         batch norm per bit-width that would undo another spread. Their mean needs nothing: signs
         are kept, and what is rounded off is alike on both sides of zero.
         """
-        scale = self._spread(self.scale, weight)
-        codes = encode(weight, scale)
+        scale, codes = self.spread_scale(weight), self.codes(weight)
         energy = _per_scale(weight.float().square(), self.clip.shape, self._group_size)
         rows = []
         for bit_width in self.own_bit_widths:
