@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 __all__ = [
     "ArtifactError",
     "BitWidthError",
+    "BudgetError",
     "DeliveryError",
     "DigestError",
     "HeaderError",
@@ -27,7 +28,10 @@ __all__ = [
     "RangeError",
     "Report",
     "SourceError",
+    "StaleError",
+    "TransferError",
     "TruncatedError",
+    "TrustError",
     "VersionError",
     "at_bit_width",
     "bit_widths_of",
@@ -47,6 +51,7 @@ __all__ = [
 _HOMES = {
     "ArtifactError": "plyweight.errors",
     "BitWidthError": "plyweight.errors",
+    "BudgetError": "plyweight.errors",
     "DeliveryError": "plyweight.errors",
     "DigestError": "plyweight.errors",
     "HeaderError": "plyweight.errors",
@@ -59,7 +64,10 @@ _HOMES = {
     "RangeError": "plyweight.errors",
     "Report": "plyweight.nn.report",
     "SourceError": "plyweight.errors",
+    "StaleError": "plyweight.errors",
+    "TransferError": "plyweight.errors",
     "TruncatedError": "plyweight.errors",
+    "TrustError": "plyweight.errors",
     "VersionError": "plyweight.errors",
     "at_bit_width": "plyweight.nn.bit_width",
     "bit_widths_of": "plyweight.nn.bit_width",
@@ -82,6 +90,7 @@ if TYPE_CHECKING:
     from plyweight.errors import (
         ArtifactError,
         BitWidthError,
+        BudgetError,
         DeliveryError,
         DigestError,
         HeaderError,
@@ -92,7 +101,10 @@ if TYPE_CHECKING:
         PlyweightError,
         RangeError,
         SourceError,
+        StaleError,
+        TransferError,
         TruncatedError,
+        TrustError,
         VersionError,
     )
     from plyweight.loading import downgrade, load, upgrade

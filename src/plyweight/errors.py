@@ -9,6 +9,10 @@
       x DeliveryError              the bytes did not arrive
         + SourceError                a source cannot be opened or read
         + RangeError                 a byte range was asked for that the source does not have
+        + TransferError              an attempt failed that may succeed when it is made again
+        + StaleError                 the object at the source is not the one that was begun with
+        + BudgetError                not even the base layer fits what may be used
+      x TrustError                 an artifact is not the one that is trusted
       x OutputError                a file cannot be written; nothing half-written is left
       x BitWidthError              a bit-width was asked for that is not there
       x LayeringError              a module cannot be layered, or an argument is wrong
@@ -24,6 +28,7 @@ from math import isfinite
 __all__ = [
     "ArtifactError",
     "BitWidthError",
+    "BudgetError",
     "DeliveryError",
     "DigestError",
     "HeaderError",
@@ -34,7 +39,10 @@ __all__ = [
     "PlyweightError",
     "RangeError",
     "SourceError",
+    "StaleError",
+    "TransferError",
     "TruncatedError",
+    "TrustError",
     "VersionError",
     "listed",
 ]
@@ -83,6 +91,30 @@ class SourceError(DeliveryError):
 
 class RangeError(DeliveryError):
     """A byte range was asked for that the source does not have."""
+
+
+class TransferError(DeliveryError):
+    """An attempt failed that may succeed when it is made again.
+
+    Attributes:
+        retry_after_s: how long the server asked to wait; None if it did not say.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StaleError(DeliveryError):
+    """The object at the source is not the one that was begun with."""
+
+
+class BudgetError(DeliveryError):
+    """Not even the base layer fits what may be used."""
+
+
+class TrustError(PlyweightError):
+    """An artifact is not the one that is trusted: by its id, its signature or its revision."""
 
 
 class OutputError(PlyweightError, OSError):

@@ -77,6 +77,7 @@ class JointObjective:
         sampling: Literal["all", "sandwich"] | Sampler = "all",
         distillation: Distillation | Literal["auto"] | None = "auto",
         teacher: Callable[[Any], Any] | None = None,
+        teacher_of: Literal["widest", "all"] = "widest",
     ) -> None:
         """Train ``model`` at all of its bit-widths.
 
@@ -96,6 +97,7 @@ class JointObjective:
                 otherwise. None: labels only.
             teacher: a float network in evaluation mode; ``teacher(inputs)`` teaches the widest
                 bit-width of the step as that one teaches the next narrower.
+            teacher_of: "all" if it teaches every bit-width, in place of the next wider one.
 
         Raises:
             LayeringError: If the model has no bit-widths or an argument is wrong.
@@ -117,6 +119,7 @@ class JointObjective:
         self.sampler = sampler_named(sampling)
         self.distillation = _chosen_distillation(distillation, criterion)
         self.teacher = _checked_teacher(teacher, self.distillation)
+        self.teacher_of = _checked_teacher_of(teacher_of, teacher)
         self.num_steps = 0
         self._synchronizer = Synchronizer(model)
         self._initialized = False
@@ -185,8 +188,9 @@ class JointObjective:
                     student = _distillable(outputs)
                     if teacher is not None:
                         loss = loss + self.distillation(student, teacher)
-                    # A copy on GPUs: the next replay of a CUDA graph writes where it stands.
-                    teacher = student.detach().clone() if student.is_cuda else student.detach()
+                    if self.teacher_of == "widest":
+                        # A copy on GPUs: the next replay of a CUDA graph writes where it stands.
+                        teacher = student.detach().clone() if student.is_cuda else student.detach()
                 differentiated[bit_width] = loss.detach()
                 # A balance sees each gradient as large as it is where all weights are equal.
                 weighted = (weight if stash is None else weight * len(weights)) * loss
@@ -365,6 +369,16 @@ def _checked_teacher(
     if isinstance(teacher, nn.Module) and teacher.training:
         raise LayeringError("the teacher is in training mode; call teacher.eval() first.")
     return teacher
+
+
+def _checked_teacher_of(
+    teacher_of: Literal["widest", "all"], teacher: Callable[[Any], Any] | None
+) -> Literal["widest", "all"]:
+    if teacher_of not in ("widest", "all"):
+        raise LayeringError(f"teacher_of is {teacher_of!r}; give 'widest' or 'all'.")
+    if teacher_of == "all" and teacher is None:
+        raise LayeringError("teacher_of='all' needs a teacher; give one, or leave 'widest'.")
+    return teacher_of
 
 
 def _chosen_distillation(
