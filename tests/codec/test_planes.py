@@ -8,6 +8,11 @@ from hypothesis.extra import numpy as hnp
 from laws import assert_planes_nest
 
 from plyweight.codec import codes_at, from_planes, plane_bytes, to_planes
+from plyweight.codec.planes import (
+    BLOCK_BYTES,
+    from_planes_reference,
+    to_planes_reference,
+)
 
 torch = pytest.importorskip("torch")
 
@@ -44,6 +49,36 @@ def test_the_bit_dropped_between_two_widths_is_the_next_plane(codes, bit_width):
     assert np.array_equal(to_planes(dropped, 1)[0], plane)
     narrower = codes_at(codes, bit_width)
     assert np.array_equal(narrower << 1 | dropped, codes_at(codes, bit_width + 1))
+
+
+@given(codes=codes_8bit, bit_width=st.integers(1, 8))
+def test_packing_and_unpacking_equal_their_definitions(codes, bit_width):
+    held = codes_at(codes, bit_width)
+    planes = to_planes_reference(held, bit_width)
+    assert np.array_equal(to_planes(held, bit_width), planes)
+    assert np.array_equal(from_planes(planes, codes.shape), held)
+    assert np.array_equal(from_planes_reference(planes, codes.shape), held)
+
+
+@pytest.mark.parametrize("extra", [-9, -8, -1, 0, 1, 7, 8, 8 * BLOCK_BYTES + 3])
+def test_more_codes_than_a_block_equal_their_definitions(extra):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, 8 * BLOCK_BYTES + extra, dtype=np.uint8)
+    planes = to_planes(codes, 8)
+    assert np.array_equal(planes, to_planes_reference(codes, 8))
+    for bit_width in (1, 3, 8):
+        rebuilt = from_planes(planes[:bit_width], codes.shape)
+        assert np.array_equal(rebuilt, codes_at(codes, bit_width))
+
+
+def test_codes_and_planes_need_not_be_contiguous_nor_writable():
+    rng = np.random.default_rng(0)
+    codes = np.broadcast_to(rng.integers(0, 256, (5, 1, 9), dtype=np.uint8), (5, 4, 9))
+    planes = to_planes(codes.transpose(2, 0, 1), 8)
+    assert np.array_equal(planes, to_planes_reference(codes.transpose(2, 0, 1).copy(), 8))
+    spaced = np.repeat(planes, 2, axis=1)[:, ::2]
+    spaced.setflags(write=False)
+    assert np.array_equal(from_planes(spaced, (9, 5, 4)), codes.transpose(2, 0, 1))
 
 
 def test_planes_that_a_human_can_check():

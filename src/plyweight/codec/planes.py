@@ -7,18 +7,31 @@ A ``B``-bit code is ``B`` planes, most significant (the sign) first, so the firs
 
 Everything an artifact promises rests on that line.
 
+Each direction is written twice: as a definition (``*_reference``), and for numpy once more in
+blocks that stay in a core's cache, which is what ``to_planes`` and ``from_planes`` run.
+
 Shapes: codes ``(*shape)`` uint8; planes ``(B, ceil(numel / 8))`` uint8, eight weights to a byte
 in C order, the first weight in the lowest bit; only the last byte is padded, with zeros.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["from_planes", "plane_bytes", "to_planes"]
+__all__ = [
+    "from_planes",
+    "from_planes_reference",
+    "plane_bytes",
+    "to_planes",
+    "to_planes_reference",
+]
+
+# Of one plane. Eight times as many codes and what is computed from them stay in the second cache
+# (1.5 GB/s of codes from 8 planes here; 0.3 GB/s when every step passes over the whole weight).
+BLOCK_BYTES = 2**14
 
 
 def plane_bytes(shape: tuple[int, ...]) -> int:
@@ -32,10 +45,23 @@ def to_planes(codes: NDArray[np.uint8], bit_width: int) -> NDArray[np.uint8]:
     Raises:
         ValueError: If a code does not fit in ``bit_width`` bits.
     """
-    if codes.dtype != np.uint8:
-        raise ValueError(f"codes are {codes.dtype}; planes are cut from uint8 codes")
-    if codes.size and int(codes.max()) >> bit_width:
-        raise ValueError(f"a code of {int(codes.max())} does not fit in {bit_width} bits")
+    _check_codes(codes, bit_width)
+    flat = codes.reshape(-1)
+    planes = np.empty((bit_width, plane_bytes(flat.shape)), np.uint8)
+    scratch = np.empty(min(len(flat), 8 * BLOCK_BYTES), np.uint8)
+    for start in range(0, planes.shape[1], BLOCK_BYTES):
+        block = flat[8 * start : 8 * (start + BLOCK_BYTES)]
+        bits = scratch[: len(block)]
+        for row, plane in enumerate(planes[:, start : start + BLOCK_BYTES]):
+            # Whatever is not zero packs to a one, so the bit may stay in its place.
+            np.bitwise_and(block, 1 << (bit_width - 1 - row), out=bits)
+            plane[:] = np.packbits(bits, bitorder="little")
+    return planes
+
+
+def to_planes_reference(codes: NDArray[np.uint8], bit_width: int) -> NDArray[np.uint8]:
+    """The definition that :func:`to_planes` must equal."""
+    _check_codes(codes, bit_width)
     flat = codes.reshape(-1)
     rows = [np.packbits(flat >> s & 1, bitorder="little") for s in reversed(range(bit_width))]
     return np.stack(rows)
@@ -56,16 +82,45 @@ def from_planes(planes: Iterable[Any], shape: tuple[int, ...]) -> Any:
         ValueError: If there is no plane, more than 8, or one of the wrong length.
     """
     rows = list(planes)
-    if not 1 <= len(rows) <= 8:
-        raise ValueError(f"{len(rows)} planes were given; a code has 1 to 8")
-    size, wanted = prod(shape), plane_bytes(shape)
-    for row in rows:
-        if tuple(row.shape) != (wanted,):
-            raise ValueError(f"a plane of shape {tuple(row.shape)}; {shape} needs ({wanted},)")
+    if not all(isinstance(row, np.ndarray) for row in rows):
+        return from_planes_reference(rows, shape)
+    _check_planes(rows, shape)
+    codes = np.empty(8 * plane_bytes(shape), np.uint8)
+    for start in range(0, plane_bytes(shape), BLOCK_BYTES):
+        first, *others = (row[start : start + BLOCK_BYTES] for row in rows)
+        block = codes[8 * start : 8 * (start + BLOCK_BYTES)]
+        block[:] = _unpack(first)
+        for row in others:
+            # Twice itself: numpy adds bytes many at a time, but shifts them one by one.
+            np.add(block, block, out=block)
+            np.bitwise_or(block, _unpack(row), out=block)
+    return codes[: prod(shape)].reshape(shape)
+
+
+def from_planes_reference(planes: Iterable[Any], shape: tuple[int, ...]) -> Any:
+    """The definition that :func:`from_planes` must equal, and what it does with torch tensors."""
+    rows = list(planes)
+    _check_planes(rows, shape)
     codes = _unpack(rows[0])
     for row in rows[1:]:
         codes = codes << 1 | _unpack(row)  # each plane refines every code by one bit
-    return codes[:size].reshape(shape)
+    return codes[: prod(shape)].reshape(shape)
+
+
+def _check_codes(codes: NDArray[np.uint8], bit_width: int) -> None:
+    if codes.dtype != np.uint8:
+        raise ValueError(f"codes are {codes.dtype}; planes are cut from uint8 codes")
+    if codes.size and int(codes.max()) >> bit_width:
+        raise ValueError(f"a code of {int(codes.max())} does not fit in {bit_width} bits")
+
+
+def _check_planes(rows: Sequence[Any], shape: tuple[int, ...]) -> None:
+    if not 1 <= len(rows) <= 8:
+        raise ValueError(f"{len(rows)} planes were given; a code has 1 to 8")
+    wanted = plane_bytes(shape)
+    for row in rows:
+        if tuple(row.shape) != (wanted,):
+            raise ValueError(f"a plane of shape {tuple(row.shape)}; {shape} needs ({wanted},)")
 
 
 def _unpack(row: Any) -> Any:
