@@ -36,18 +36,20 @@ __all__ = [
     "parse_io",
     "parse_layers",
     "parse_model",
-    "parse_tensor",
+    "parse_tensors",
     "parse_weights",
     "weight_fields",
 ]
 
 CODE, DECODE = "sign-magnitude", "half-cell"
+MAX_TENSORS = 200_000
 MAX_LAYERS = 32
 MAX_LAYER_BYTES = 2**44
 MAX_RANK, MAX_DIM = 8, 2**40
 MIN_ALIGNMENT, MAX_ALIGNMENT = 8, 2**16
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 64 * 2**10, 64 * 2**20
 DIGEST_BYTES = 32
+TENSOR_KEYS = frozenset(("dtype", "shape", "data_offsets"))
 IO_KEYS = ("inputs", "outputs", "preprocessing", "labels")
 
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -55,27 +57,12 @@ _DECIMAL = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?")
 _WIDTHS = {str(width): width for width in range(1, MAX_BIT_WIDTH + 1)}
 
 
-def parse_tensor(name: str, value: object) -> TensorEntry:
-    """One entry of the tensor table."""
-    check_name(name, "a tensor name")
-    what = f"tensor {name!r}"
-    fields = check_keys(value, what, ("dtype", "shape", "data_offsets"))
-    dtype = fields["dtype"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise header_error(
-            f"{what} has dtype {shown(dtype)}", f"the format knows {', '.join(ITEM_BYTES)}"
-        )
-    shape = _shape(fields["shape"], what, smallest_dim=0)
-    offsets = fields["data_offsets"]
-    if not isinstance(offsets, list) or len(offsets) != 2:
-        raise header_error(f"{what} has data_offsets {shown(offsets)}", "they are [start, stop]")
-    start, stop = (check_integer(o, f"an offset of {what}", 0, 2**53) for o in offsets)
-    num_bytes = _num_bytes(shape, ITEM_BYTES[dtype], what)
-    if stop - start != num_bytes:
-        raise header_error(
-            f"{what} has {stop - start} bytes", f"{dtype} of shape {list(shape)} needs {num_bytes}"
-        )
-    return TensorEntry(name, dtype, shape, ByteRange(start, stop))
+def parse_tensors(table: dict[str, Any]) -> tuple[TensorEntry, ...]:
+    """The tensor table in its order; it is used up, so that nothing large is held twice."""
+    if not table:
+        raise header_error("the file has no tensors", "layered weights need some")
+    _check_count(len(table), "tensors")
+    return tuple([_tensor(name, table.pop(name)) for name in list(table)])
 
 
 def parse_alignment(value: object) -> Alignment:
@@ -119,6 +106,7 @@ def parse_weights(value: object) -> dict[str, LayeredWeight]:
         raise header_error(
             f"layered.params is {shown(value)}", "it must name at least one layered weight"
         )
+    _check_count(len(value), "layered weights")
     return {check_name(name, "a weight's name"): _weight(name, v) for name, v in value.items()}
 
 
@@ -140,6 +128,7 @@ def parse_activations(value: object) -> dict[str, Activation]:
     """``{module: {"kind", "bits": {"<weight bit-width>": activation width}}}``."""
     if not isinstance(value, dict):
         raise header_error(f"layered.activations is {shown(value)}", "it must be an object")
+    _check_count(len(value), "activations")
     activations = {}
     for module, item in value.items():
         what = f"the activation of {shown(check_name(module, 'a module name', shortest=0))}"
@@ -226,6 +215,29 @@ def parse_io(value: object) -> dict[str, Any]:
     return dict(check_keys(value, "layered.io", (), IO_KEYS))
 
 
+def _tensor(name: str, value: object) -> TensorEntry:
+    """One entry of the tensor table."""
+    check_name(name, "a tensor name")
+    what = f"tensor {name!r}"
+    fields = check_keys(value, what, TENSOR_KEYS)
+    dtype = fields["dtype"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise header_error(
+            f"{what} has dtype {shown(dtype)}", f"the format knows {', '.join(ITEM_BYTES)}"
+        )
+    shape = _shape(fields["shape"], what, smallest_dim=0)
+    offsets = fields["data_offsets"]
+    if not isinstance(offsets, list) or len(offsets) != 2:
+        raise header_error(f"{what} has data_offsets {shown(offsets)}", "they are [start, stop]")
+    start, stop = [check_integer(o, f"an offset of {what}", 0, 2**53) for o in offsets]
+    num_bytes = _num_bytes(shape, ITEM_BYTES[dtype], what)
+    if stop - start != num_bytes:
+        raise header_error(
+            f"{what} has {stop - start} bytes", f"{dtype} of shape {list(shape)} needs {num_bytes}"
+        )
+    return TensorEntry(name, dtype, shape, ByteRange(start, stop))
+
+
 def _weight(name: str, value: object) -> LayeredWeight:
     what = f"weight {shown(name)}"
     fields = check_keys(value, what, ("shape", "group", "code", "decode", "pinned"))
@@ -273,6 +285,16 @@ def _layer(value: object, index: int, start: int) -> Layer:
     )
 
 
+def _check_count(count: int, what: str) -> None:
+    """There are no more of anything that has tensors than there may be tensors."""
+    if count > MAX_TENSORS:
+        raise header_error(
+            f"the file has {count} {what}",
+            f"at most {MAX_TENSORS} are read",
+            "pack the model as several artifacts",
+        )
+
+
 def _digests(value: object, count: int, what: str) -> tuple[bytes, ...]:
     """``count`` digests from the base64 of all of them."""
     length = -(-count * DIGEST_BYTES // 3) * 4
@@ -313,7 +335,7 @@ def _shape(value: object, what: str, *, smallest_dim: int) -> tuple[int, ...]:
             f"{what} has shape {shown(value)}", f"a shape is a list of at most {MAX_RANK} integers"
         )
     return tuple(
-        check_integer(dim, f"a dimension of {what}", smallest_dim, MAX_DIM) for dim in value
+        [check_integer(dim, f"a dimension of {what}", smallest_dim, MAX_DIM) for dim in value]
     )
 
 

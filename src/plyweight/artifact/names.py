@@ -88,7 +88,7 @@ def zero_point_name(module: str) -> str:
 
 def is_pad(name: str) -> bool:
     """Whether ``name`` is that of padding."""
-    return _PAD.fullmatch(name) is not None
+    return name.startswith("__pad__") and _PAD.fullmatch(name) is not None
 
 
 def split_name(name: str) -> tuple[int, str]:

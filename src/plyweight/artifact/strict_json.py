@@ -1,7 +1,8 @@
 """Strict JSON: what ``json`` accepts, minus everything a header must not contain.
 
-Refused: nesting deeper than 6, duplicate keys at any level, floats, NaN and Infinity, negative
-integers and those above 2^53, lone surrogates. Limits are checked before anything is built.
+Refused: nesting deeper than 6, more than a million lists and objects, duplicate keys at any level,
+floats, NaN and Infinity, negative integers and those above 2^53, lone surrogates. Limits are
+checked before anything is built.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 from plyweight.errors import HeaderError
 
 __all__ = [
+    "MAX_CONTAINERS",
     "MAX_DEPTH",
     "MAX_INTEGER",
     "check_integer",
@@ -24,13 +26,16 @@ __all__ = [
 ]
 
 MAX_DEPTH = 6
+MAX_CONTAINERS = 10**6  # as many tensors as are read take 600,002
 MAX_INTEGER = 2**53  # what every JSON implementation represents exactly
 AGAIN = "fetch or pack the file again"
 
-# Strings, whole or cut off by the end, and whatever else is no bracket; possessive, so that
-# hostile input costs linear time.
-_NO_BRACKETS = re.compile(r'(?:"(?:[^"\\]++|\\.)*+"?|[^"\[\]{}]++)++', re.DOTALL)
-_INNERMOST = re.compile(r"(?:\[\]|\{\})++")
+# Strings, whole or cut off by the end; possessive, so that hostile input costs linear time.
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+_INNERMOST = re.compile(rb"(?:\[\]|\{\})++")
+# Numbers that are no integer of 0 to 2^53: a sign, a fraction, an exponent, too many digits.
+_SUSPECT = re.compile(r"-|[0-9][.eE]|[0-9]{16}")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -59,9 +64,10 @@ def parse_json(text: str, where: str) -> Any:
     Raises:
         HeaderError: If it is no JSON, or JSON of a kind that is refused.
     """
-    _check_depth(text, where)
+    outside = _STRING.sub("", text)  # brackets and digits inside strings are text
+    _check_brackets(outside, where)
     try:
-        value = _decoder(where).decode(text)
+        value = _decoder(where, strict_integers=bool(_SUSPECT.search(outside))).decode(text)
     except HeaderError:
         raise
     except ValueError as error:
@@ -90,6 +96,8 @@ def check_keys(
     if not isinstance(value, dict):
         raise header_error(f"{what} is {shown(value)}", "it must be an object")
     wanted = frozenset(required)
+    if value.keys() == wanted:
+        return value
     missing = sorted(wanted - value.keys())
     unknown = sorted(value.keys() - wanted - frozenset(optional))
     if missing:
@@ -103,11 +111,15 @@ def check_keys(
     return value
 
 
-def _check_depth(text: str, where: str) -> None:
-    """Every pass takes the innermost brackets off; nothing may be left after ``MAX_DEPTH``."""
-    brackets = _NO_BRACKETS.sub("", text)
-    for _ in range(MAX_DEPTH):
-        brackets = _INNERMOST.sub("", brackets)
+def _check_brackets(outside: str, where: str) -> None:
+    """Bound how many lists and objects there are, and how deep they nest."""
+    brackets = outside.encode(errors="replace").translate(None, _NO_BRACKETS)
+    if len(brackets) > 2 * MAX_CONTAINERS:
+        raise header_error(
+            f"{where} has {len(brackets) // 2} lists and objects", f"at most {MAX_CONTAINERS} fit"
+        )
+    for _ in range(MAX_DEPTH):  # every pass takes the innermost ones off
+        brackets = _INNERMOST.sub(b"", brackets)
     if brackets:
         raise header_error(
             f"{where} nests deeper than {MAX_DEPTH} or leaves brackets open", "no header needs to"
@@ -128,7 +140,14 @@ def _check_surrogates(value: Any, where: str) -> None:
             _check_surrogates(item, where)
 
 
-def _decoder(where: str) -> json.JSONDecoder:
+def _decoder(where: str, *, strict_integers: bool) -> json.JSONDecoder:
+    """A decoder that refuses what :mod:`json` would accept.
+
+    Args:
+        where: what a message calls the text.
+        strict_integers: whether to look at every integer; without, none may be out of bounds.
+    """
+
     def integer(digits: str) -> int:
         # Length first: converting a million digits takes quadratic time.
         if len(digits) > 16 or digits.startswith("-") or int(digits) > MAX_INTEGER:
@@ -151,5 +170,8 @@ def _decoder(where: str) -> json.JSONDecoder:
         return value
 
     return json.JSONDecoder(
-        object_pairs_hook=unique, parse_int=integer, parse_float=no_float, parse_constant=no_float
+        object_pairs_hook=unique,
+        parse_int=integer if strict_integers else int,
+        parse_float=no_float,
+        parse_constant=no_float,
     )
