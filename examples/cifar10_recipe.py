@@ -47,6 +47,7 @@ class QuantizedRecipe(Recipe):
             named count 1.
         teacher: what the widest learns from beside the labels: "float", the network that training
             starts from, or "none".
+        teacher_of: "all" if all bit-widths learn from it, and none from the next wider one.
         moment_weight: of the penalty on the skewness and kurtosis of weights.
         damping_weight: of the penalty on weights that oscillate between two codes of the narrowest
             bit-width.
@@ -66,6 +67,7 @@ class QuantizedRecipe(Recipe):
     num_random: int = 1
     width_weights: Mapping[int, float] | None = None
     teacher: Literal["none", "float"] = "none"
+    teacher_of: Literal["widest", "all"] = "widest"
     moment_weight: float = 0.0
     damping_weight: float = 0.0
     damping_from: float = 0.8

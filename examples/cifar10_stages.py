@@ -326,7 +326,7 @@ def once_qat_stage(
     seed: int,
     place: Place,
 ) -> Stage:
-    """The layered ``model``, before its first step; ``teacher`` teaches its widest bit-width."""
+    """The layered ``model``, before its first step; ``teacher`` is the float network."""
     compiled = place.compiled(model)
     widths = bit_widths_of(model)
     weights = recipe.width_weights
@@ -337,6 +337,7 @@ def once_qat_stage(
         balance=recipe.balance,
         sampling="all" if recipe.sampling == "all" else Sandwich(recipe.num_random, seed=seed),
         teacher=teacher,
+        teacher_of="widest" if teacher is None else recipe.teacher_of,
     )
     num_steps = recipe.epochs * data.steps_per_epoch(recipe.batch_size)
 

@@ -497,21 +497,23 @@ def test_a_width_is_visited_once_however_often_it_is_chosen():
     assert_same_gradients(model, other, rtol=0, atol=0)
 
 
-def test_a_float_teacher_teaches_the_widest_and_only_that():
+@pytest.mark.parametrize("teacher_of", ["widest", "all"])
+def test_a_float_teacher_teaches_the_widest_alone_or_all(teacher_of):
     model, other = prepared(), prepared()
     torch.manual_seed(9)
     teacher = Net().eval()
-    objective = JointObjective(model, F.cross_entropy, teacher=teacher)
+    objective = JointObjective(model, F.cross_entropy, teacher=teacher, teacher_of=teacher_of)
     objective.backward(*data())
     images, labels = data()
     with torch.no_grad():
-        logits_above = teacher(images)
+        learned_from = teacher(images)
     for bit_width in (8, 4, 2):
         with at_bit_width(other, bit_width):
             logits = other(images)
-            loss = F.cross_entropy(logits, labels) + soft_cross_entropy(logits, logits_above)
+            loss = F.cross_entropy(logits, labels) + soft_cross_entropy(logits, learned_from)
             (loss / 3).backward()
-            logits_above = logits.detach()
+            if teacher_of == "widest":
+                learned_from = logits.detach()
     assert_same_gradients(model, other, rtol=1e-6, atol=1e-9)
     assert all(p.grad is None for p in teacher.parameters())
 
@@ -522,6 +524,8 @@ def test_a_float_teacher_teaches_the_widest_and_only_that():
         ({"teacher": Net()}, "the teacher is in training mode; call teacher.eval"),
         ({"teacher": "resnet"}, "give a network or a function of inputs"),
         ({"teacher": Net().eval(), "distillation": None}, "but distillation is None"),
+        ({"teacher": Net().eval(), "teacher_of": "both"}, "teacher_of is 'both'; give 'widest'"),
+        ({"teacher_of": "all"}, "teacher_of='all' needs a teacher"),
     ],
 )
 def test_a_teacher_that_cannot_teach_is_refused(options, message):
