@@ -152,10 +152,10 @@ def with_text(data, text, *, alignment=8):
     return len(text).to_bytes(8, "little") + text + bytes(data[start:])
 
 
-def with_field(data, key, change):
+def with_field(data, key, change, *, alignment=8):
     """The file with ``change`` applied to the value of one JSON field of ``__metadata__``."""
     table, _ = table_of(data)
     value = json.loads(table["__metadata__"][key])
     changed = change(value)
     table["__metadata__"][key] = json.dumps(value if changed is None else changed)
-    return with_table(data, table)
+    return with_table(data, table, alignment=alignment)

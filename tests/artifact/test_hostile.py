@@ -4,6 +4,7 @@ import ast
 import base64
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import plyweight.artifact
-from plyweight.artifact import ArtifactReader, Header, write_artifact
-from plyweight.errors import ArtifactError, DigestError
+from plyweight.artifact import (
+    ArtifactReader,
+    Header,
+    LayerContent,
+    TensorData,
+    verify,
+    write_artifact,
+)
+from plyweight.errors import ArtifactError, DigestError, HeaderError
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +110,36 @@ def test_a_digest_error_names_layer_bit_width_chunk_and_tensors(big):
     )
 
 
-def test_a_layer_digest_that_contradicts_its_chunks_is_refused(data):
+def test_a_layer_of_one_chunk_whose_two_digests_differ_is_refused(data):
     changed = with_field(data, "layered.layers", lambda v: v[1].update(sha256="0" * 64))
-    with pytest.raises(DigestError, match="contradicts itself"):
-        contents(changed)
+    with pytest.raises(HeaderError, match="layer 1 is not that of its only chunk"):
+        Header.parse(changed)
+
+
+def test_a_layer_without_bytes_has_the_digest_of_nothing(tmp_path):
+    content = big_content()
+    content["layers"].append(LayerContent(8, []))
+    content["weights"] = {"w": replace(content["weights"]["w"], pinned=8)}
+    content["layers"][0].tensors[0] = TensorData("w.q", "U8", (8, 65536), bytes(8 * 65536))
+    content["layers"][1] = LayerContent(3, [])
+    write_artifact(tmp_path / "a", **content)
+    data = (tmp_path / "a").read_bytes()
+    assert Header.parse(data).layers[1].sha256 == hashlib.sha256().hexdigest()
+    assert len(verify(source(data))) == 3
+    changed = with_field(
+        data, "layered.layers", lambda v: v[1].update(sha256="0" * 64), alignment=4096
+    )
+    with pytest.raises(HeaderError, match="layer 1 is not that of its only chunk"):
+        Header.parse(changed)
+
+
+def test_a_layer_of_chunks_whose_digest_contradicts_them_is_refused_by_verify(big):
+    changed = with_field(
+        big, "layered.layers", lambda v: v[0].update(sha256="0" * 64), alignment=512
+    )
+    assert contents(changed) == contents(big)  # the chunks fix every byte
+    with pytest.raises(DigestError, match=r"layer 0 \(2 bits\).*contradicts itself"):
+        verify(source(changed))
 
 
 def test_a_layer_of_another_artifact_is_refused(data, tmp_path):

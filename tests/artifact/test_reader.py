@@ -158,6 +158,8 @@ def test_a_file_and_memory_give_the_same_bytes(path, data):
     for byte_range in (ByteRange(0, 8), ByteRange(5, 5), ByteRange(100, len(data))):
         assert file.read(byte_range) == MemorySource(data).read(byte_range)
         assert isinstance(file.read(byte_range), bytearray)
+        assert file.read_view(byte_range) == file.read(byte_range)
+        assert not file.read_view(byte_range).readonly
 
 
 @pytest.mark.parametrize("byte_range", [(0, 11), (11, 12), (-1, 3), (5, 4)])
@@ -166,6 +168,8 @@ def test_bytes_that_are_not_there_are_refused(tmp_path, byte_range):
     for ten in (FileSource(tmp_path / "ten"), MemorySource(bytes(10))):
         with pytest.raises(RangeError, match="has 10 bytes"):
             ten.read(ByteRange(*byte_range))
+    with pytest.raises(RangeError, match="has 10 bytes"):
+        FileSource(tmp_path / "ten").read_view(ByteRange(*byte_range))
 
 
 def test_a_path_that_is_no_file_is_refused_in_words(tmp_path):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from plyweight.artifact.digests import NO_BYTES
 from plyweight.artifact.layout import Alignment, ByteRange
 from plyweight.artifact.names import check_name
 from plyweight.artifact.records import (
@@ -275,13 +276,20 @@ def _layer(value: object, index: int, start: int) -> Layer:
     chunk_bytes = check_integer(
         fields["chunk"], f"the chunk size of {what}", MIN_CHUNK_BYTES, MAX_CHUNK_BYTES
     )
+    sha256 = _hex_digest(fields["sha256"], f"the digest of {what}")
+    chunk_digests = _digests(fields["chunks"], -(-num_bytes // chunk_bytes), what)
+    # Two digests of the same bytes; where there are more chunks, only the bytes can tell.
+    if len(chunk_digests) < 2 and sha256 != (b"".join(chunk_digests).hex() or NO_BYTES):
+        raise header_error(
+            f"the digest of {what} is not that of its only chunk", "they are of the same bytes"
+        )
     return Layer(
         kind="plane" if index else "base",
         bit_width=bit_width,
         byte_range=ByteRange(start, start + num_bytes),
-        sha256=_hex_digest(fields["sha256"], f"the digest of {what}"),
+        sha256=sha256,
         chunk_bytes=chunk_bytes,
-        chunk_digests=_digests(fields["chunks"], -(-num_bytes // chunk_bytes), what),
+        chunk_digests=chunk_digests,
     )
 
 

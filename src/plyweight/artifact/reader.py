@@ -2,18 +2,23 @@
 
 Nothing is read before it is asked for, and nothing is handed out before it is verified: the
 header when the reader is made (and not one byte more), a layer when ``read_layer`` asks for it.
+
+The header authenticates the digests of a layer's chunks, and they fix each of its bytes; that is
+all ``read_layer`` compares. The digest of the whole layer is its name where layers are kept: who
+keeps one under that name compares it, and so does ``verify``.
 """
 
 import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 from plyweight.artifact.header import LENGTH_BYTES, Header, header_bytes
 from plyweight.artifact.layout import ByteRange
 from plyweight.artifact.names import is_pad, split_name
 from plyweight.artifact.records import Layer
-from plyweight.artifact.source import Source, open_source
+from plyweight.artifact.source import Source, ViewSource, open_source
 from plyweight.artifact.values import TensorView, ValueChecker
 from plyweight.errors import (
     ArtifactError,
@@ -54,32 +59,56 @@ class ArtifactReader:
 
         Raises:
             BitWidthError: If the layer is not held.
-            DigestError: If its bytes differ from the digests in the header.
+            DigestError: If its bytes differ from the digests of its chunks.
             ArtifactError: If its values cannot be computed with.
         """
         layer = self._held_layer(index)
-        buffer = memoryview(self.source.read(layer.byte_range))
-        tensors = {}
         with _naming(self.source):
-            self._check_digests(index, layer, buffer)
-            for entry in self.header.tensors_of(index):
-                inside = self.header.file_range(entry).shifted(-layer.byte_range.start)
-                data = buffer[inside.start : inside.stop]
-                self._checker.check(entry, data)
-                if not is_pad(entry.name):
-                    name = split_name(entry.name)[1]
-                    tensors[name] = TensorView(entry.dtype, entry.shape, data)
-        return tensors
+            return self._checked(index, self._read(layer.byte_range))
 
     def verify(self) -> tuple[Layer, ...]:
-        """Read and check every held layer; those that were checked, all of them.
+        """Read and check every held layer, and that none contradicts itself; the layers checked.
 
         Raises:
             ArtifactError: If one is wrong.
         """
-        for index in range(self._num_held):
-            self.read_layer(index)
+        with ThreadPoolExecutor(1) as beside:
+            for index in range(self._num_held):
+                self._verify_layer(index, beside)
         return self.header.layers[: self._num_held]
+
+    def _verify_layer(self, index: int, beside: Executor) -> None:
+        """Check a layer, with the digest of all of it computed in another thread meanwhile."""
+        layer = self.header.layers[index]
+        buffer = self._read(layer.byte_range)
+        # The parser has compared the digest of a layer of one chunk with that of the chunk.
+        whole = beside.submit(_hexdigest, buffer) if layer.num_chunks > 1 else None
+        with _naming(self.source):
+            self._checked(index, buffer)
+            if whole is not None and whole.result() != layer.sha256:
+                raise DigestError(
+                    f"layer {index} ({layer.bit_width} bits) differs from its digest, although "
+                    "its chunks match theirs; the header contradicts itself, so pack the model "
+                    "again."
+                )
+
+    def _read(self, byte_range: ByteRange) -> memoryview:
+        if isinstance(self.source, ViewSource):
+            return self.source.read_view(byte_range)
+        return memoryview(self.source.read(byte_range))
+
+    def _checked(self, index: int, buffer: memoryview) -> dict[str, TensorView]:
+        """The tensors of a layer by their names inside it, views of ``buffer``."""
+        layer = self.header.layers[index]
+        self._check_chunks(index, layer, buffer)
+        tensors = {}
+        for entry in self.header.tensors_of(index):
+            inside = self.header.file_range(entry).shifted(-layer.byte_range.start)
+            data = buffer[inside.start : inside.stop]
+            self._checker.check(entry, data)
+            if not is_pad(entry.name):
+                tensors[split_name(entry.name)[1]] = TensorView(entry.dtype, entry.shape, data)
+        return tensors
 
     def _held_layer(self, index: int) -> Layer:
         if not 0 <= index < len(self.header.layers):
@@ -98,21 +127,16 @@ class ArtifactReader:
             )
         return layer
 
-    def _check_digests(self, index: int, layer: Layer, buffer: memoryview) -> None:
-        what = f"layer {index} ({layer.bit_width} bits)"
+    def _check_chunks(self, index: int, layer: Layer, buffer: memoryview) -> None:
         for number, expected in enumerate(layer.chunk_digests):
             chunk = layer.chunk_range(number)
             inside = chunk.shifted(-layer.byte_range.start)
             if hashlib.sha256(buffer[inside.start : inside.stop]).digest() != expected:
                 raise DigestError(
-                    f"chunk {number} of {what} differs from its digest; it holds "
-                    f"{listed(self._names_in(index, chunk))}; fetch bytes {chunk} again."
+                    f"chunk {number} of layer {index} ({layer.bit_width} bits) differs from its "
+                    f"digest; it holds {listed(self._names_in(index, chunk))}; "
+                    f"fetch bytes {chunk} again."
                 )
-        if hashlib.sha256(buffer).hexdigest() != layer.sha256:
-            raise DigestError(
-                f"{what} differs from its digest, although its chunks match theirs; "
-                "the header contradicts itself, so fetch or pack the file again."
-            )
 
     def _names_in(self, index: int, byte_range: ByteRange) -> list[str]:
         """The tensors of a layer that have bytes in ``byte_range`` of the file."""
@@ -132,6 +156,10 @@ def verify(path_or_source: str | os.PathLike[str] | Source) -> tuple[Layer, ...]
         ArtifactError: If a byte is wrong.
     """
     return ArtifactReader(path_or_source).verify()
+
+
+def _hexdigest(buffer: memoryview) -> str:
+    return hashlib.sha256(buffer).hexdigest()
 
 
 def _read_header(source: Source) -> Header:

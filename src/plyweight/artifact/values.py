@@ -67,7 +67,7 @@ class ValueChecker:
         """
         role = None if is_pad(entry.name) else self._roles.get(split_name(entry.name)[1])
         if is_pad(entry.name):
-            if any(data):
+            if bytes(data).strip(b"\0"):
                 raise ArtifactError(
                     f"padding {entry.name} has a byte that is not zero; "
                     "fetch or pack the file again."
@@ -79,8 +79,10 @@ class ValueChecker:
 
     def _check_unused_bits(self, entry: TensorEntry, role: Role, data: memoryview) -> None:
         used = self._header.weights[role.owner].num_weights % 8
+        if not used:
+            return
         last_bytes = np.frombuffer(data, np.uint8).reshape(entry.shape)[:, -1]
-        if used and (last_bytes >> used).any():
+        if (last_bytes >> used).any():
             raise ArtifactError(
                 f"tensor {entry.name} has bits after its last weight that are not zero; "
                 "fetch or pack the file again."

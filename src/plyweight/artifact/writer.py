@@ -5,13 +5,13 @@ room for it is left, the layers are streamed and hashed, and the header is writt
 a temporary file that takes the target's name only when it is complete.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, BinaryIO, TypeAlias
 
+from plyweight.artifact.digests import NO_BYTES, LayerDigests
 from plyweight.artifact.files import publish_atomically
 from plyweight.artifact.header import Header
 from plyweight.artifact.layout import Alignment, ByteRange, choose_alignment, place
@@ -186,7 +186,7 @@ def _unhashed(
             kind="plane" if index else "base",
             bit_width=content.bit_width,
             byte_range=byte_range,
-            sha256="0" * 64,
+            sha256="0" * 64 if byte_range.num_bytes else NO_BYTES,
             chunk_bytes=chunk_bytes,
             # `max`: a chunk size of 0 is for the parser to refuse, in words.
             chunk_digests=(bytes(32),) * -(-byte_range.num_bytes // max(chunk_bytes, 1)),
@@ -198,7 +198,7 @@ def _unhashed(
 def _write_layer(file: BinaryIO, planned: Header, index: int, content: LayerContent) -> Layer:
     """Stream one layer to ``file``; the layer with its digests."""
     layer = planned.layers[index]
-    digests = _LayerDigests(layer.chunk_bytes)
+    digests = LayerDigests(layer)
     checker = ValueChecker(planned)
     tensors = iter(content.tensors)
     for entry in planned.tensors_of(index):
@@ -209,7 +209,7 @@ def _write_layer(file: BinaryIO, planned: Header, index: int, content: LayerCont
             checker.check(entry, data)
         file.write(data)
         digests.update(data)
-    return replace(layer, sha256=digests.layer.hexdigest(), chunk_digests=digests.chunks())
+    return replace(layer, sha256=digests.sha256(), chunk_digests=digests.chunks())
 
 
 def _bytes_of(tensor: TensorData, entry: TensorEntry) -> memoryview:
@@ -222,28 +222,3 @@ def _bytes_of(tensor: TensorData, entry: TensorEntry) -> memoryview:
             "check its dtype and shape."
         )
     return view.cast("B") if view.nbytes else memoryview(b"")  # a view of nothing cannot be cast
-
-
-class _LayerDigests:
-    """The digest of a stream, and those of its chunks."""
-
-    def __init__(self, chunk_bytes: int) -> None:
-        self.layer = hashlib.sha256()
-        self._chunk = hashlib.sha256()
-        self._chunk_bytes = self._left = chunk_bytes
-        self._done: list[bytes] = []
-
-    def update(self, data: memoryview) -> None:
-        self.layer.update(data)
-        while len(data):
-            part, data = data[: self._left], data[self._left :]
-            self._chunk.update(part)
-            self._left -= len(part)
-            if not self._left:
-                self._done.append(self._chunk.digest())
-                self._chunk, self._left = hashlib.sha256(), self._chunk_bytes
-
-    def chunks(self) -> tuple[bytes, ...]:
-        """The digests so far, that of the last, shorter chunk included."""
-        rest = () if self._left == self._chunk_bytes else (self._chunk.digest(),)
-        return (*self._done, *rest)
