@@ -97,7 +97,7 @@ class _Hostile(Handler):
 
     def lying_total(self):
         body, headers = self.cut_out()
-        headers["Content_Range"] = headers["Content_Range"].split("/")[0] + f"/{2**60}"
+        headers["Content_Range"] = headers["Content_Range"].split("/")[0] + f"/{2**50}"
         self.reply(206, body, **headers)
 
     def endless(self, length=False):
@@ -168,7 +168,7 @@ MODES = {
     "swapped": "swapped",  # other bytes after `after` replies; 412 for the old ETag
     "swapped-silently": "swapped_silently",  # ... but If-Match is ignored
     "swapped-same-etag": "swapped_same_etag",  # ... and the ETag stays: only digests can tell
-    "lying-total": "lying_total",  # Content-Range says the object has 2**60 bytes
+    "lying-total": "lying_total",  # Content-Range says the object has 2**50 bytes
     "endless": "endless",  # 10 GB follow the bytes asked for, until the connection closes
     "endless-length": "endless_length",  # ... and Content-Length says so
     "gzip-bomb": "gzip_bomb",  # 206 in gzip whether asked for or not, 1 GB when unpacked

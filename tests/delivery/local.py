@@ -102,7 +102,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self):
         self.answer()
 
-    do_GET = do_HEAD = _answer
+    do_GET = do_HEAD = _answer  # noqa: N815 (http.server asks for these names)
 
     def log_message(self, *arguments):
         """Quiet: the log is ``server.requests``."""
@@ -120,6 +120,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send a reply; ``length=False`` leaves Content-Length out and closes afterwards."""
         self.entry.status = status
         self.send_response(status)
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")  # object stores insist
         if length is False:
             self.close_connection = True
             headers["Connection"] = "close"

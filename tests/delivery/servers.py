@@ -226,6 +226,7 @@ class _Cdn(Handler):
 @contextlib.contextmanager
 def hub(files, *, repo="owner/model", token=None):
     """A Hub with one model repository, and its CDN on another port; HF_ENDPOINT points at it."""
+    library = pytest.importorskip("huggingface_hub")
     cdn = LocalServer(_Cdn, blobs={})
     commits, branches = {}, {}
     options = {"repo": repo, "token": token, "cdn": cdn, "commits": commits, "branches": branches}
@@ -242,14 +243,20 @@ def hub(files, *, repo="owner/model", token=None):
         return f"hf://{repo}{f'@{revision}' if revision else ''}/{path}"
 
     server.commit, server.push, server.address, server.cdn = push(files), push, address, cdn
-    # No token of whoever runs the tests is ever sent.
-    server.env = {"HF_ENDPOINT": server.base, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
-    try:
-        with environment(server.env):
+    # No token of whoever runs the tests is ever sent, and nothing is asked of the real Hub.
+    server.env = {
+        "HF_ENDPOINT": server.base, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+    with environment(server.env), pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "HF_HUB_DISABLE_TELEMETRY"):
+            patch.setattr(library.constants, name, True)  # it read them when it was imported
+        try:
             yield server
-    finally:
-        server.kill()
-        cdn.kill()
+        finally:
+            library.close_session()
+            server.kill()
+            cdn.kill()
 
 
 def _http(port, method, path):

@@ -135,10 +135,10 @@ def open_remote(
     if scheme == "hf":
         from plyweight.delivery.hub import hub_source
 
-        return hub_source(str(address), token=token)
+        return hub_source(str(address), token=token, allow_http=allow_http)
     if scheme:
         raise SourceError(
-            f"{address} has the scheme {scheme!r}; https, http, s3, gs, az and hf are known, and "
+            f"the address has the scheme {scheme!r}; https, http, s3, gs, az and hf are known, and "
             "plain paths."
         )
     return LocalSource(open_source(address))
