@@ -3,6 +3,7 @@
     write_artifact(path, layers=..., weights=..., ...)      numbers to bytes
     ArtifactReader(path).read_layer(0)                      bytes to numbers, verified
     inspect(path)                                           what every bit-width costs
+    split(path, folder), join(folder, path)                 one file for each layer, and back
 
 Needs numpy only; ``docs/format.md`` is the format in words.
 """
@@ -28,7 +29,9 @@ from plyweight.artifact.records import (
     ModelInfo,
     TensorEntry,
 )
+from plyweight.artifact.sidecar import Part, Sidecar
 from plyweight.artifact.source import FileSource, MemorySource, Source, open_source
+from plyweight.artifact.split import SplitSource, join, split
 from plyweight.artifact.values import TensorView
 from plyweight.artifact.writer import LayerContent, TensorData, write_artifact
 
@@ -49,8 +52,11 @@ __all__ = [
     "LayeredWeight",
     "MemorySource",
     "ModelInfo",
+    "Part",
     "Receipt",
+    "Sidecar",
     "Source",
+    "SplitSource",
     "TensorData",
     "TensorEntry",
     "TensorView",
@@ -59,10 +65,12 @@ __all__ = [
     "gain_name",
     "header_bytes",
     "inspect",
+    "join",
     "open_source",
     "planes_name",
     "publish_atomically",
     "scale_name",
+    "split",
     "step_name",
     "verify",
     "write_artifact",
