@@ -309,9 +309,10 @@ def free_bytes(folder: Path) -> int:
 
 
 def map_file(descriptor: int, num_bytes: int) -> memoryview:
-    """The first ``num_bytes`` of a file as read-only memory, valid when the descriptor is closed.
+    """The first ``num_bytes`` of a file as memory, valid when the descriptor is closed.
 
-    The file must never be truncated while a view of it lives: touching what is gone is fatal.
+    What is written to that memory stays in it and never reaches the file. The file must not be cut
+    while a view of it lives, because touching what is gone ends the process.
 
     Raises:
         SourceError: If it cannot be mapped.
@@ -320,7 +321,7 @@ def map_file(descriptor: int, num_bytes: int) -> memoryview:
     if not num_bytes:
         return memoryview(b"")
     try:
-        return memoryview(mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ))
+        return memoryview(mmap.mmap(descriptor, num_bytes, access=mmap.ACCESS_COPY))
     except (OSError, ValueError) as error:  # ValueError: the file is shorter
         raise SourceError(f"{num_bytes} bytes cannot be mapped ({error}); read them.") from error
 

@@ -68,18 +68,27 @@ class CachedArtifact:
     Attributes:
         name: for messages.
         header: of the artifact.
+        layers: those that are held, base first.
+
+    Args:
+        header: of the artifact.
+        raw: its bytes.
+        descriptors: of the layers, base first; -1 for one without bytes.
+        copy: whether :meth:`read_view` reads instead of mapping.
     """
 
-    def __init__(self, header: Header, raw: bytes, descriptors: Sequence[int]) -> None:
+    def __init__(
+        self, header: Header, raw: bytes, descriptors: Sequence[int], *, copy: bool
+    ) -> None:
         self.name = f"{header.model.name} ({header.artifact_id[:12]} in the cache)"
         self.header = header
-        self._raw, self._descriptors = raw, tuple(descriptors)
-        self._layers = header.layers[: len(descriptors)]
+        self._raw, self._descriptors, self._copy = raw, tuple(descriptors), copy
+        self.layers = header.layers[: len(descriptors)]
         self._finalizer = weakref.finalize(self, _close_all, self._descriptors)
 
     def size(self) -> int:
         """Bytes of the header and the layers that are held."""
-        return self._layers[-1].byte_range.stop
+        return self.layers[-1].byte_range.stop
 
     def read(self, byte_range: ByteRange) -> bytearray:
         """Exactly the bytes of ``byte_range``, counted from the first byte of the artifact.
@@ -98,7 +107,7 @@ class CachedArtifact:
         head = self._raw[byte_range.start : byte_range.stop]
         view[: len(head)] = head
         self._require_open()
-        for layer, descriptor in zip(self._layers, self._descriptors, strict=True):
+        for layer, descriptor in zip(self.layers, self._descriptors, strict=True):
             start = max(byte_range.start, layer.byte_range.start)
             stop = min(byte_range.stop, layer.byte_range.stop)
             if start >= stop:
@@ -111,14 +120,18 @@ class CachedArtifact:
                 )
         return buffer
 
-    def map_layer(self, index: int) -> memoryview:
-        """The bytes of a held layer as read-only memory, valid after the artifact is closed.
+    def read_view(self, byte_range: ByteRange) -> memoryview:
+        """As :meth:`read`, without a copy where the range lies in one layer: it is mapped then.
 
-        Raises:
-            SourceError: If it cannot be mapped.
+        The memory may be written to, which changes no file, and stays valid after :meth:`close`.
         """
         self._require_open()
-        return map_file(self._descriptors[index], self._layers[index].byte_range.num_bytes)
+        for layer, descriptor in zip(self.layers, self._descriptors, strict=True):
+            start, stop = layer.byte_range.start, layer.byte_range.stop
+            if not self._copy and start <= byte_range.start < byte_range.stop <= stop:
+                inside = byte_range.shifted(-start)
+                return map_file(descriptor, stop - start)[inside.start : inside.stop]
+        return memoryview(self.read(byte_range))
 
     def close(self) -> None:
         """Close the files; what was read or mapped stays valid."""
@@ -139,13 +152,16 @@ class Cache:
     Args:
         folder: by default ``$PLYWEIGHT_CACHE``, else ``$XDG_CACHE_HOME/plyweight``, else
             ``~/.cache/plyweight``. It is created when something is put into it.
+        copy: read layers into memory instead of mapping them. For folders on network file systems,
+            where another machine could cut a file that is mapped here, which ends the process.
 
     Raises:
         OutputError: If the system cannot keep a cache.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None = None, *, copy: bool = False) -> None:
         require_posix("keeping a cache")
+        self._copy = copy
         self.folder = Path(folder) if folder is not None else default_folder()
         self._artifacts = self.folder / "artifacts"
         self._blobs = self.folder / "blobs" / "sha256"
@@ -281,8 +297,9 @@ class Cache:
         """
         with contextlib.closing(self.open(artifact_id)) as artifact:
             wrong = []
-            for index, layer in enumerate(artifact.header.layers[: self._held(artifact.header)]):
-                if hashlib.sha256(artifact.map_layer(index)).hexdigest() != layer.sha256:
+            for index, layer in enumerate(artifact.layers):
+                digest = hashlib.sha256(artifact.read_view(layer.byte_range)).hexdigest()
+                if digest != layer.sha256:
                     wrong.append(index)
                     self._delete(layer.sha256)
         return tuple(wrong)
@@ -326,7 +343,7 @@ class Cache:
         except BaseException:
             _close_all(descriptors)
             raise
-        return CachedArtifact(header, raw, descriptors)
+        return CachedArtifact(header, raw, descriptors, copy=self._copy)
 
     def _delete(self, digest: str) -> int:
         path = self._blobs / digest
