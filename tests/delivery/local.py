@@ -169,6 +169,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.reply(206, memoryview(data)[start:stop], ETag=etag, Content_Range=where)
 
 
+@contextlib.contextmanager
+def raw_server(reply):
+    """The URL of a server that sends the same bytes to everybody who asks, and hangs up."""
+    listener, closing = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def serve():
+        while True:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                if closing.is_set():
+                    return
+                connection.recv(65536)
+                connection.sendall(reply)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):
+                    pass
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/raw"
+    finally:
+        closing.set()
+        socket.create_connection(listener.getsockname()).close()
+        thread.join()
+        listener.close()
+
+
+def head_of(status, *lines):
+    """The head of a reply, for a raw server."""
+    return "\r\n".join([f"HTTP/1.1 {status} X", *lines, "", ""]).encode()
+
+
 @dataclass
 class Certificate:
     """A certificate for 127.0.0.1 and localhost that signs itself."""

@@ -9,6 +9,7 @@
     with plain_server(folder) as server:                   Python's http.server: no Range, no ETag
     with s3({"a/b.safetensors": data}) as store:           f"{store.url}/a/b.safetensors"; store.put
     with hub({"a.safetensors": data}) as hub:              hub.address("a.safetensors"); hub.push
+    with raw_server(head_of(206, "X: y") + body) as url:   these bytes, whatever is asked
 
 ``s3`` and ``hub`` set the environment that clients read, and put it back; ``store.env`` and
 ``hub.env`` are what they set, for a subprocess (which inherits ``os.environ`` anyway).
@@ -54,6 +55,8 @@ from delivery.local import (
     certificate,
     environment,
     free_port,
+    head_of,
+    raw_server,
     temporary_folder,
     wait_for_port,
 )
@@ -68,11 +71,13 @@ __all__ = [
     "certificate",
     "environment",
     "free_port",
+    "head_of",
     "hostile",
     "hub",
     "nginx",
     "odd",
     "plain_server",
+    "raw_server",
     "s3",
 ]
 

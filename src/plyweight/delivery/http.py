@@ -237,7 +237,8 @@ def _parse(url: str) -> tuple[httpx2.URL, tuple[str, str] | None]:
         parsed = httpx2.URL(url)
     except (httpx2.InvalidURL, ValueError):
         parsed = httpx2.URL("")  # its message would show the address, secrets included
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    is_host = re.fullmatch(rb"[0-9a-z._:-]+", parsed.raw_host)
+    if parsed.scheme not in ("http", "https") or not is_host:
         raise SourceError(
             "the address is not a URL like https://host/path; check its spelling."
         ) from None
