@@ -33,7 +33,7 @@ from cifar10_jobs import SEED_OF_ONCE_QAT, Job, make
 from cifar10_logs import LogError, say, summary_writer_class
 from cifar10_nets import NETS
 from cifar10_place import COMPILE_MODES, PlaceError, place_of_this_process
-from cifar10_recipe import BALANCES, QuantizedRecipe, Recipe, recipes_for
+from cifar10_recipe import BALANCES, QuantizedRecipe, Recipe, for_bit_widths, recipes_for
 from cifar10_stages import Stopped, TrainingError
 
 import plyweight
@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     then("--learning-rate", type=amount, metavar="X")
     then("--weight-decay", type=amount, metavar="X")
     then("--start", choices=["prepared", "calibrated"], help="grids that training starts from")
+    then("--clip-weights", type=by_bit_width, metavar="B=X,...", help="in clips of that start")
     then("--balance", choices=BALANCES)
     then("--sampling", choices=["all", "sandwich"])
     then("--num-random", type=count, metavar="N", help="bit-widths between, in the sandwich rule")
@@ -109,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     then("--moment-weight", type=amount, metavar="X", help="penalty on skewness and kurtosis")
     then("--damping-weight", type=amount, metavar="X", help="penalty on oscillation, at the end")
     then("--scale-rate", type=amount, metavar="X", help="learning rate of scales, as a multiple")
-    then("--rates", type=by_bit_width, metavar="B=X,...", help="learning rates, as multiples")
+    then("--rates", type=rates, metavar="B=X,...", help="of own rows, as multiples; or: inverse")
     then("--ema-decay", type=share, metavar="X", help="pack a moving average of the weights")
     then("--clip-value", type=amount, metavar="X", help="largest entry of a gradient")
     then("--recalibration-batches", type=positive, metavar="N")
@@ -158,6 +159,11 @@ def by_bit_width(text: str) -> dict[int, float]:
     return {int(bit_width): amount(value) for bit_width, value in pairs}
 
 
+def rates(text: str) -> dict[int, float] | str:
+    """``inverse``, or by bit-width."""
+    return text if text == "inverse" else by_bit_width(text)
+
+
 def job_of(options: argparse.Namespace) -> Job:
     """The job that was typed.
 
@@ -166,9 +172,11 @@ def job_of(options: argparse.Namespace) -> Job:
     """
     bit_widths = checked_bit_widths(options.bit_widths)
     check_named("--width-weights", options.width_weights, bit_widths)
-    check_named("--rates", options.rates, bit_widths)
-    if options.width_weights is not None:
-        checked_weights({b: options.width_weights.get(b, 1.0) for b in bit_widths}, bit_widths)
+    check_named("--clip-weights", options.clip_weights, bit_widths)
+    if options.rates != "inverse":
+        check_named("--rates", options.rates, bit_widths)
+    for weights in (options.width_weights, options.clip_weights):
+        checked_weights(for_bit_widths(weights, bit_widths), bit_widths)
     float_recipe, recipe = recipes_for(options.net)
     given = {name: value for name, value in vars(options).items() if value is not None}
     changes = {f.name: given[f.name] for f in fields(QuantizedRecipe) if f.name in given}

@@ -6,7 +6,7 @@ already need not be made again, and a folder of another configuration is left al
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ from cifar10_data import Cifar10, DataError
 from cifar10_logs import Log, say
 from cifar10_nets import FIRST_AND_LAST, NETS
 from cifar10_place import Place
-from cifar10_recipe import QuantizedRecipe, Recipe
+from cifar10_recipe import QuantizedRecipe, Recipe, for_bit_widths
 from cifar10_stages import Stage, float_stage, once_qat_stage
 from torch import Tensor, nn
 
@@ -162,13 +162,21 @@ def float_network(job: Job, data: Cifar10, place: Place) -> tuple[nn.Module, flo
     return net.eval(), seconds
 
 
-def calibrated_network(job: Job, float_net: nn.Module, data: Cifar10) -> nn.Module:
+def calibrated_network(
+    job: Job,
+    float_net: nn.Module,
+    data: Cifar10,
+    *,
+    clip_weights: Mapping[int, float] | None = None,
+) -> nn.Module:
     """The layered network of ``job`` without training: its grids chosen from data."""
     model = prepared_network(job, float_net)
     steps = range(job.recipe.calibration_batches)
     size, seed = job.recipe.batch_size, job.seed
     plyweight.calibrate(
-        model, [data.batch(step, size, seed=seed, is_augmented=False) for step in steps]
+        model,
+        [data.batch(step, size, seed=seed, is_augmented=False) for step in steps],
+        weights=for_bit_widths(clip_weights, job.bit_widths),
     )
     return model
 
@@ -190,7 +198,8 @@ def trained_network(
     recipe, seed = job.recipe, job.seed + SEED_OF_ONCE_QAT
     torch.manual_seed(seed)
     if recipe.start == "calibrated":
-        model = calibrated_network(job, float_net, data)  # alike in all processes
+        # Alike in all processes.
+        model = calibrated_network(job, float_net, data, clip_weights=recipe.clip_weights)
     else:
         model = prepared_network(job, float_net)
     teacher = place.compiled(float_net) if recipe.teacher == "float" else None

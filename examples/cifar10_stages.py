@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from cifar10_data import Cifar10
 from cifar10_logs import History, Log
 from cifar10_place import Place
-from cifar10_recipe import QuantizedRecipe, Recipe
+from cifar10_recipe import QuantizedRecipe, Recipe, for_bit_widths
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -329,11 +329,10 @@ def once_qat_stage(
     """The layered ``model``, before its first step; ``teacher`` is the float network."""
     compiled = place.compiled(model)
     widths = bit_widths_of(model)
-    weights = recipe.width_weights
     objective = JointObjective(
         place.shared(compiled),
         F.cross_entropy,
-        weights=None if weights is None else {b: weights.get(b, 1.0) for b in widths},
+        weights=for_bit_widths(recipe.width_weights, widths),
         balance=recipe.balance,
         sampling="all" if recipe.sampling == "all" else Sandwich(recipe.num_random, seed=seed),
         teacher=teacher,
@@ -356,8 +355,10 @@ def once_qat_stage(
         learning_rate=recipe.learning_rate,
     )
     optimizer = _sgd(groups, recipe)
-    if recipe.rates is not None:
-        RateByBitWidth(optimizer, model, {b: recipe.rates.get(b, 1.0) for b in widths})
+    if recipe.rates == "inverse":
+        RateByBitWidth(optimizer, model, {b: 1 / w for b, w in objective.weights.items() if w})
+    elif recipe.rates is not None:
+        RateByBitWidth(optimizer, model, for_bit_widths(recipe.rates, widths))
     return Stage(
         "once-qat",
         model,

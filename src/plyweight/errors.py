@@ -43,6 +43,7 @@ __all__ = [
     "TransferError",
     "TruncatedError",
     "TrustError",
+    "TrustWarning",
     "VersionError",
     "listed",
 ]
@@ -115,6 +116,10 @@ class BudgetError(DeliveryError):
 
 class TrustError(PlyweightError):
     """An artifact is not the one that is trusted: by its id, its signature or its revision."""
+
+
+class TrustWarning(UserWarning):
+    """An artifact is believed though nothing vouches for it."""
 
 
 class OutputError(PlyweightError, OSError):

@@ -25,7 +25,15 @@ from plyweight.delivery.source import LocalSource, RemoteSource
 from plyweight.delivery.transfer import Meter, Progress, Transfer
 from plyweight.errors import OutputError, SourceError, StaleError, TrustError
 
-__all__ = ["DEADLINE_S", "MAX_WASTE_BYTES", "Download", "Trust", "download", "read_header"]
+__all__ = [
+    "DEADLINE_S",
+    "MAX_WASTE_BYTES",
+    "Download",
+    "Trust",
+    "download",
+    "read_header",
+    "require_newer",
+]
 
 # As much as one wrong chunk may cost; a small model is sooner read again than refused.
 MAX_WASTE_BYTES = 64 * 2**20
@@ -225,7 +233,7 @@ class _Session:
         """From HEADER to TRUSTED; the name is remembered if the source itself has shown it."""
         header, known = opened.header, self._known()
         if known is not None and self.artifact_id is None and not self.allow_rollback:
-            _require_newer(header, known)
+            require_newer(header, known)
         if self.trust is not None:
             self.trust(header, known)
         if self.refs is None or opened.stream is None:
@@ -248,8 +256,12 @@ class _Session:
             )
 
 
-def _require_newer(header: Header, known: Ref) -> None:
-    """Refuse what is older than, or something else than, what the name stood for."""
+def require_newer(header: Header, known: Ref) -> None:
+    """Refuse what is older than, or something else than, what the name stood for.
+
+    Raises:
+        TrustError: If it is.
+    """
     model = header.model
     if model.name != known.model:
         raise TrustError(

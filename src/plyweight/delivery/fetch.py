@@ -1,0 +1,363 @@
+"""fetch: as much of an artifact as a device can afford, verified, in its cache or at a path.
+
+    fetch("https://host/net.layered.safetensors", bit_width=4)           into the cache
+    fetch("s3://bucket/net.layered.safetensors", max_bytes=3_000_000)    the widest that fits
+    fetch(url, "net.layered.safetensors", deadline_s=5)                  a plain file at a path
+
+Whom to believe: an artifact's id (``artifact_id``), which fixes every byte; or a signature of its
+sidecar by a key or authority (``public_key``, ``authorities``); with neither, whatever the name
+stands for at its first use, which is warned about once and remembered.
+"""
+
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from plyweight.artifact import ByteRange, Header, Source
+from plyweight.artifact.sidecar import MAX_SIDECAR_BYTES
+from plyweight.delivery.budget import Budget, Choice
+from plyweight.delivery.cache import Cache
+from plyweight.delivery.client import (
+    DEADLINE_S,
+    MAX_WASTE_BYTES,
+    download,
+    read_header,
+    require_newer,
+)
+from plyweight.delivery.filling import Destination
+from plyweight.delivery.gauge import MOST_BYTES, Gauge
+from plyweight.delivery.refs import Ref
+from plyweight.delivery.retry import Patience
+from plyweight.delivery.signing import MAX_SIGNATURE_BYTES, verify_signature
+from plyweight.delivery.source import LocalSource, RemoteSource, open_remote
+from plyweight.delivery.standing import StandingFile
+from plyweight.delivery.transfer import Progress, Transfer
+from plyweight.errors import (
+    LayeringError,
+    SourceError,
+    TransferError,
+    TrustError,
+    TrustWarning,
+)
+
+__all__ = ["FetchOptions", "Fetched", "evict", "fetch", "fetch_header", "is_remote"]
+
+Address = str | os.PathLike[str] | Source | RemoteSource
+PathLike = str | os.PathLike[str]
+
+
+class FetchOptions(TypedDict, total=False):
+    """The keywords of :func:`fetch` beside the bit-width, for functions that hand them on."""
+
+    max_bytes: int | None
+    max_ram: int | None
+    deadline_s: float | None
+    artifact_id: str | None
+    public_key: PathLike | None
+    authorities: Sequence[PathLike]
+    sidecar: PathLike | None
+    cache: Cache | PathLike | None
+    token: str | None
+    allow_http: bool
+    allow_rollback: bool
+    refresh: bool
+    parallel: int
+    max_waste_bytes: int
+    patience_s: float
+    progress: Callable[[Progress], None] | None
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What is here now.
+
+    Attributes:
+        header: of the artifact.
+        bit_width: that was chosen.
+        reason: why, in a sentence for people.
+        artifact: to read it from, as ``load`` does; it may hold more bits than were chosen.
+        path: of the file; None in the cache.
+        transfer: what was moved.
+    """
+
+    header: Header
+    bit_width: int
+    reason: str
+    artifact: Source
+    path: Path | None
+    transfer: Transfer
+
+
+def fetch(
+    address: Address,
+    to: PathLike | None = None,
+    *,
+    bit_width: int | None = None,
+    max_bytes: int | None = None,
+    max_ram: int | None = None,
+    deadline_s: float | None = None,
+    artifact_id: str | None = None,
+    public_key: PathLike | None = None,
+    authorities: Sequence[PathLike] = (),
+    sidecar: PathLike | None = None,
+    cache: Cache | PathLike | None = None,
+    token: str | None = None,
+    allow_http: bool = False,
+    allow_rollback: bool = False,
+    refresh: bool = False,
+    parallel: int = 4,
+    max_waste_bytes: int = MAX_WASTE_BYTES,
+    patience_s: float = DEADLINE_S,
+    progress: Callable[[Progress], None] | None = None,
+) -> Fetched:
+    """Bring the layers that are missing, and nothing that is here; all of it is verified.
+
+    Whatever ends it (Ctrl-C, a kill, a failure), what was verified stays, and the next call goes
+    on from there.
+
+    Args:
+        address: a URL (https, http, s3, gs, az, hf), a path, or a source.
+        to: the path of a plain artifact file to write, or to extend; None for the cache.
+        bit_width: exactly this one; or limits, from which the widest is chosen that fits; with
+            neither, the widest there is.
+        max_bytes: of the header and layers up to that bit-width.
+        max_ram: bytes that the loaded model may take, activations not counted.
+        deadline_s: seconds from now until the last byte is here, at the rate that the link has
+            when it is measured, on up to the first MiB.
+        artifact_id: 64 hexadecimal digits that the artifact must have.
+        public_key: path of the key (PEM) that must have signed its sidecar; or
+        authorities: paths of certificates (PEM), one of which must vouch for who signed it.
+        sidecar: address of the signed ``layers.json``; by default the artifact's own with
+            ``.layers.json`` after it. Its signature has ``.sig`` after that.
+        cache: a folder or ``Cache``; None for the one of this user.
+        token: for the host of ``address`` and no other; a Hub address uses that of this user.
+        allow_http: allow plain http to other machines.
+        allow_rollback: accept a revision older than this address has had.
+        refresh: ask whether the address has something newer than what it stands for here.
+        parallel: requests at the same time.
+        max_waste_bytes: that may be read and dropped where a server ignores byte ranges.
+        patience_s: give up when nothing arrives for so long.
+        progress: is called about ten times a second.
+
+    Raises:
+        BitWidthError: If that bit-width is not stored.
+        BudgetError: If not even the base layer fits.
+        TrustError: If the artifact is not the one that is trusted.
+        ArtifactError: If it is damaged at its source.
+        DeliveryError: If it does not arrive.
+        OutputError: If it cannot be written.
+        LayeringError: If the arguments contradict each other.
+        ImportError: If an extra is needed that is not installed.
+    """
+    started = time.monotonic()
+    budget = Budget(bit_width, max_bytes, max_ram, deadline_s)
+    kept_in = cache if isinstance(cache, Cache) else Cache(cache)
+    into: Destination = kept_in if to is None else StandingFile(to)
+    with _opened(address, token=token, allow_http=allow_http) as source:
+        signed_id = _signed_id(
+            source, sidecar, public_key, authorities, token, allow_http, patience_s
+        )
+        pin = _agreed(artifact_id, signed_id)
+        gauge = Gauge(source, most_s=_share(deadline_s))
+        choices: list[Choice] = []
+
+        def choose(header: Header) -> int:
+            left = None if deadline_s is None else deadline_s - (time.monotonic() - started)
+            held = _held_bytes(into, header)
+            sample = ByteRange(0, min(MOST_BYTES, header.file_bytes))
+            choices.append(
+                budget.choose(header, held_bytes=held, left_s=left, rate=lambda: gauge.rate(sample))
+            )
+            return choices[-1].bit_width
+
+        def trust(header: Header, known: Ref | None) -> None:
+            # A signature says who published it, not that it is the latest; an id says it all.
+            if artifact_id is None and known is not None and not allow_rollback:
+                require_newer(header, known)
+            if pin is None and known is None and not isinstance(source, LocalSource):
+                warnings.warn(
+                    f"{source.name} is trusted on first use: nothing says that artifact "
+                    f"{header.artifact_id} is the one its publisher meant. Pin it with "
+                    "artifact_id=, or verify a signature with public_key=.",
+                    TrustWarning,
+                    stacklevel=2,
+                )
+
+        measured: RemoteSource = gauge if deadline_s is not None else source
+        done = download(
+            measured,
+            choose=choose,
+            into=into,
+            artifact_id=pin,
+            trust=trust,
+            # Files at a path are trusted by the same notes as those in the cache.
+            refs=None if isinstance(source, LocalSource) else kept_in.refs,
+            refresh=refresh,
+            allow_rollback=allow_rollback,
+            parallel=parallel,
+            max_waste_bytes=max_waste_bytes,
+            deadline_s=patience_s,
+            progress=progress,
+        )
+    return Fetched(
+        done.header,
+        done.bit_width,
+        choices[-1].reason,
+        done.artifact,
+        into.path if isinstance(into, StandingFile) else None,
+        done.transfer,
+    )
+
+
+def fetch_header(
+    address: Address,
+    *,
+    artifact_id: str | None = None,
+    token: str | None = None,
+    allow_http: bool = False,
+    patience_s: float = DEADLINE_S,
+) -> tuple[Header, Transfer]:
+    """The header at that address and nothing else; what was moved for it.
+
+    Raises:
+        ArtifactError: If it is wrong.
+        TrustError: If it is not that of ``artifact_id``.
+        DeliveryError: If it does not arrive.
+    """
+    with _opened(address, token=token, allow_http=allow_http) as source:
+        return read_header(source, artifact_id=artifact_id, deadline_s=patience_s)
+
+
+def evict(
+    address: str,
+    *,
+    keep_bit_width: int | None = None,
+    cache: Cache | PathLike | None = None,
+) -> int:
+    """Delete from the cache what it holds of an artifact; bytes that were freed.
+
+    Models that were loaded keep what they hold. What the address was trusted for is remembered.
+
+    Args:
+        address: a URL it was fetched from, or the artifact's id.
+        keep_bit_width: keep the layers up to that one.
+        cache: a folder or ``Cache``; None for the one of this user.
+
+    Raises:
+        SourceError: If the cache knows nothing under that address.
+        BitWidthError: If the artifact has no such bit-width.
+    """
+    kept_in = cache if isinstance(cache, Cache) else Cache(cache)
+    artifact_id = address
+    if is_remote(address):
+        with _opened(address, token=None, allow_http=True) as source:
+            ref = kept_in.refs.get(source.name)
+        if ref is None:
+            raise SourceError(
+                f"{address} was never fetched into {kept_in.folder}; give the address it was "
+                "fetched from, or the artifact's id."
+            )
+        artifact_id = ref.artifact_id
+    return kept_in.evict(artifact_id, keep_bit_width=keep_bit_width)
+
+
+def is_remote(address: object) -> bool:
+    """Whether that is an address to fetch from, not a path or a source to read."""
+    if isinstance(address, str):
+        return "://" in address
+    return isinstance(address, RemoteSource) and not isinstance(address, Source)
+
+
+@contextmanager
+def _opened(address: Address, *, token: str | None, allow_http: bool) -> Iterator[RemoteSource]:
+    """The source of that address, closed in the end if it is ours."""
+    source = open_remote(address, token=token, allow_http=allow_http)
+    try:
+        yield source
+    finally:
+        if source is not address:
+            source.close()
+
+
+def _share(deadline_s: float | None) -> float:
+    """How long to measure: a quarter of the time there is."""
+    return deadline_s / 4 if deadline_s is not None else 0.0
+
+
+def _held_bytes(into: Destination, header: Header) -> int:
+    """Of the prefix, that are at their destination already."""
+    for bit_width in reversed(header.bit_widths):
+        held = into.opened(header, bit_width)
+        if held is not None:
+            return header.prefix_bytes(bit_width)
+    return 0
+
+
+def _agreed(artifact_id: str | None, signed_id: str | None) -> str | None:
+    """The one id, if there is one."""
+    if artifact_id is not None and signed_id is not None and artifact_id != signed_id:
+        raise TrustError(
+            f"artifact_id is {artifact_id}, but the signature is of {signed_id}; ask the publisher "
+            "which of them is meant."
+        )
+    return artifact_id or signed_id
+
+
+def _signed_id(
+    source: RemoteSource,
+    sidecar: PathLike | None,
+    public_key: PathLike | None,
+    authorities: Sequence[PathLike],
+    token: str | None,
+    allow_http: bool,
+    patience_s: float,
+) -> str | None:
+    """The artifact id that the signature vouches for; None if none is asked for."""
+    if public_key is None and not authorities:
+        if sidecar is not None:
+            raise LayeringError(
+                "sidecar was given, but nothing to verify it with; give public_key or authorities."
+            )
+        return None
+    where = os.fspath(sidecar) if sidecar is not None else f"{source.name}.layers.json"
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder, "layers.json")
+        signature = local.with_name("layers.json.sig")
+        for path, address, most in (
+            (local, where, MAX_SIDECAR_BYTES),
+            (signature, f"{where}.sig", MAX_SIGNATURE_BYTES),
+        ):
+            with _opened(address, token=token, allow_http=allow_http) as small:
+                path.write_bytes(_read_small(small, most, patience_s))
+        try:
+            return verify_signature(
+                local, public_key=public_key, authorities=authorities, signature=signature
+            )
+        except TrustError as error:
+            raise TrustError(str(error).replace(str(local), where)) from error
+
+
+def _read_small(source: RemoteSource, most_bytes: int, patience_s: float) -> bytes:
+    """All of a small object."""
+    patience, failures = Patience(patience_s), 0
+    while True:
+        try:
+            with source.get(ByteRange(0, most_bytes + 1)) as reply:
+                data = bytearray()
+                for piece in reply.body:
+                    data += piece
+                    if len(data) > most_bytes:
+                        raise SourceError(
+                            f"{source.name} has more than the {most_bytes} bytes that a sidecar or "
+                            "signature may have; check the address."
+                        )
+                return bytes(data)
+        except TransferError as error:
+            failures += 1
+            patience.pause(failures, error)

@@ -1,0 +1,261 @@
+"""fetch: from an address to a cache or a file, within a budget, and only if it is trusted."""
+
+import pytest
+from artifact.builders import MODEL, big_content, build, layer_contents
+from delivery.servers import hostile, plain_server
+
+from plyweight.artifact import ArtifactReader, Header, ModelInfo, Sidecar, write_artifact
+from plyweight.delivery.fetch import evict, fetch, fetch_header, is_remote
+from plyweight.delivery.signing import sign
+from plyweight.errors import (
+    BitWidthError,
+    BudgetError,
+    LayeringError,
+    SourceError,
+    TrustError,
+    TrustWarning,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("fetch") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fetch") / "big"
+    write_artifact(path, **big_content(shape=(4096, 2048)))
+    return path.read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLYWEIGHT_CACHE", str(tmp_path / "cache"))
+
+
+def id_of(data):
+    return Header.parse(data).artifact_id
+
+
+def keys(folder):
+    """A private key and its public half, in PEM."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = folder / "key.pem", folder / "key.pub"
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    return private, public
+
+
+def signed(folder, data, private):
+    """Publish ``data`` in a folder, with its signed sidecar."""
+    name = "net.layered.safetensors"
+    (folder / name).write_bytes(data)
+    sidecar = folder / f"{name}.layers.json"
+    sidecar.write_bytes(Sidecar.of(Header.parse(data), file=name).emit())
+    sign(sidecar, private_key=private)
+    return name
+
+
+# --- where to --------------------------------------------------------------------------------
+
+
+def test_the_cache_holds_what_was_fetched_and_a_second_call_moves_nothing(data):
+    with hostile(data) as server:
+        first = fetch(server.url, bit_width=3, artifact_id=id_of(data))
+        num_requests = len(server.requests)
+        second = fetch(server.url, bit_width=3, artifact_id=id_of(data))
+        assert len(server.requests) == num_requests
+    assert first.transfer.received_bytes > 0
+    assert second.transfer.requests == second.transfer.received_bytes == 0
+    assert first.path is None
+    assert ArtifactReader(second.artifact).held_bit_widths == (2, 3)
+
+
+def test_a_file_at_a_path_is_the_prefix_and_is_extended_by_what_is_missing(data, tmp_path):
+    path = tmp_path / "net.layered.safetensors"
+    header = Header.parse(data)
+    with hostile(data) as server:
+        fetched = fetch(server.url, path, bit_width=2, artifact_id=header.artifact_id)
+        assert fetched.path == path
+        assert path.read_bytes() == data[: header.prefix_bytes(2)]
+        fetch(server.url, path, artifact_id=header.artifact_id)
+    assert path.read_bytes() == data
+
+
+def test_a_local_path_can_be_fetched_too(data, tmp_path):
+    (tmp_path / "net").write_bytes(data)
+    fetched = fetch(tmp_path / "net", bit_width=2)
+    assert ArtifactReader(fetched.artifact).held_bit_widths == (2,)
+
+
+# --- how much --------------------------------------------------------------------------------
+
+
+def test_the_widest_that_fits_is_fetched_and_the_reason_said(data):
+    header = Header.parse(data)
+    with hostile(data) as server:
+        fetched = fetch(
+            server.url, max_bytes=header.prefix_bytes(3), artifact_id=header.artifact_id
+        )
+    assert fetched.bit_width == 3
+    assert fetched.reason.startswith("3 bits, the widest that fits: 8 need")
+
+
+def test_nothing_is_kept_where_not_even_the_base_fits(data, tmp_path):
+    with hostile(data) as server, pytest.raises(BudgetError, match="not even 2 bits"):
+        fetch(server.url, tmp_path / "net", max_bytes=10, artifact_id=id_of(data))
+    assert not (tmp_path / "net").exists()
+
+
+def test_a_bit_width_that_is_not_stored_is_refused(data):
+    with hostile(data) as server, pytest.raises(BitWidthError, match="4 bits were asked for"):
+        fetch(server.url, bit_width=4, artifact_id=id_of(data))
+
+
+def test_a_deadline_is_judged_by_the_rate_that_the_link_has(big):
+    header = Header.parse(big)
+    assert header.prefix_bytes(2) > 2 * 2**20
+    with hostile(big, pace_s=0.02) as server:  # about 3 MB/s
+        with pytest.raises(BudgetError, match="MB/s of this link"):
+            fetch(server.url, deadline_s=0.2, artifact_id=header.artifact_id)
+        patient = fetch(server.url, deadline_s=600, artifact_id=header.artifact_id)
+    assert patient.bit_width == 3
+
+
+def test_the_link_is_measured_without_a_request_of_its_own(big):
+    with hostile(big) as server:
+        plain = fetch(server.url, "plain", bit_width=3, artifact_id=id_of(big), cache="a")
+        num_requests = len(server.requests)
+        measured = fetch(server.url, "timed", deadline_s=600, artifact_id=id_of(big), cache="b")
+        assert len(server.requests) == 2 * num_requests
+    assert measured.transfer.received_bytes == plain.transfer.received_bytes
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# --- whom to believe -------------------------------------------------------------------------
+
+
+def test_trust_on_first_use_warns_once(data):
+    with hostile(data) as server:
+        with pytest.warns(TrustWarning, match="is trusted on first use"):
+            fetch(server.url, bit_width=2)
+        fetch(server.url, bit_width=3)  # a warning is an error here
+
+
+def test_a_pinned_id_is_what_comes_or_nothing(data, tmp_path):
+    with hostile(data) as server, pytest.raises(TrustError, match="was asked for"):
+        fetch(server.url, artifact_id="0" * 64)
+
+
+def test_row_13_a_consistent_forgery_is_refused_with_a_signature(data, tmp_path):
+    private, public = keys(tmp_path)
+    folder = tmp_path / "published"
+    folder.mkdir()
+    name = signed(folder, data, private)
+    with plain_server(folder) as server:
+        fetched = fetch(f"{server.url}/{name}", public_key=public)
+        assert fetched.bit_width == 8
+        forged = build(tmp_path / "forged", layers=layer_contents(seed=9))
+        (folder / name).write_bytes(forged)
+        with pytest.raises(TrustError, match="was asked for"):
+            fetch(f"{server.url}/{name}", public_key=public, cache=tmp_path / "other")
+        _, stranger = keys(tmp_path)
+        with pytest.raises(TrustError, match=r"is no signature of http.*layers\.json"):
+            fetch(f"{server.url}/{name}", public_key=stranger)
+
+
+def test_a_signature_and_an_id_that_disagree_are_refused(data, tmp_path):
+    private, public = keys(tmp_path)
+    name = signed(tmp_path, data, private)
+    with plain_server(tmp_path) as server, pytest.raises(TrustError, match="the signature is of"):
+        fetch(f"{server.url}/{name}", public_key=public, artifact_id="0" * 64)
+
+
+def test_a_sidecar_elsewhere_may_be_named_and_one_without_a_key_is_refused(data, tmp_path):
+    private, public = keys(tmp_path)
+    name = signed(tmp_path, data, private)
+    with plain_server(tmp_path) as server:
+        fetched = fetch(
+            f"{server.url}/{name}", public_key=public, sidecar=tmp_path / f"{name}.layers.json"
+        )
+        assert fetched.header.artifact_id == id_of(data)
+        with pytest.raises(LayeringError, match="nothing to verify it with"):
+            fetch(f"{server.url}/{name}", sidecar="layers.json")
+
+
+def test_a_sidecar_that_is_too_large_is_not_read(data, tmp_path):
+    private, public = keys(tmp_path)
+    name = signed(tmp_path, data, private)
+    (tmp_path / f"{name}.layers.json").write_bytes(b" " * (2**16 + 1))
+    with plain_server(tmp_path) as server, pytest.raises(SourceError, match="has more than"):
+        fetch(f"{server.url}/{name}", public_key=public)
+
+
+def test_row_14_an_older_signed_revision_is_refused(data, tmp_path):
+    private, public = keys(tmp_path)
+    newer = build(
+        tmp_path / "newer",
+        model=ModelInfo(name=MODEL.name, revision=MODEL.revision + 1, created_by="tests"),
+    )
+    name = signed(tmp_path, newer, private)
+    with plain_server(tmp_path) as server:
+        url = f"{server.url}/{name}"
+        fetch(url, public_key=public)
+        signed(tmp_path, data, private)  # yesterday's, which was signed as well
+        with pytest.raises(TrustError, match="but it had revision 4"):
+            fetch(url, public_key=public, refresh=True)
+        assert fetch(url, public_key=public, refresh=True, allow_rollback=True).bit_width == 8
+
+
+# --- the rest --------------------------------------------------------------------------------
+
+
+def test_the_header_alone_is_the_first_request_alone(data):
+    with hostile(data) as server:
+        header, transfer = fetch_header(server.url)
+        assert len(server.requests) == transfer.requests == 1
+    assert header.artifact_id == id_of(data)
+
+
+def test_evicting_frees_the_layers_above_or_all(data):
+    header = Header.parse(data)
+    with hostile(data) as server:
+        fetch(server.url, artifact_id=header.artifact_id)
+        freed = evict(server.url, keep_bit_width=2)
+        assert freed == header.file_bytes - header.prefix_bytes(2)
+        assert fetch(server.url, bit_width=2).transfer.received_bytes == 0
+        assert evict(header.artifact_id) > 0
+        assert evict(header.artifact_id) == 0
+        with pytest.raises(SourceError, match="was never fetched"):
+            evict("https://elsewhere.example/net")
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("https://a/b", True), ("hf://a/b/c", True), ("net.safetensors", False), ("C:/net", False)],
+)
+def test_an_address_is_told_from_a_path(address, expected):
+    assert is_remote(address) is expected
+
+
+def test_an_unknown_scheme_is_refused_with_those_that_are_known():
+    with pytest.raises(SourceError, match=r"scheme 'ftp'; https, http, s3"):
+        fetch("ftp://host/net")
