@@ -18,6 +18,8 @@ class _Hostile(Handler):
         if options.before:
             options.before(self.entry)
         self.data, self.etag = options.data, options.etag
+        if options.refuse:
+            return self.reply(options.refuse)
         given = self.headers.get("Authorization")
         if options.token and self.path == f"/{NAME}" and given != f"Bearer {options.token}":
             return self.reply(401)
@@ -188,7 +190,7 @@ def hostile(data, mode="ok", *, tls=None, **options):
     known = {
         "mode": mode, "data": bytes(data), "other": None, "after": 2, "times": math.inf,
         "when": None, "to": None, "retry_after": "1", "etag": '"v1"', "token": None, "pace_s": 0,
-        "before": None, "numbers": itertools.count(), "uses": [],
+        "before": None, "refuse": None, "numbers": itertools.count(), "uses": [],
     }  # fmt: skip
     assert mode in MODES, mode
     assert options.keys() <= known.keys(), options.keys() - known.keys()

@@ -24,6 +24,7 @@ Options of ``hostile(data, mode="ok", ...)``; a "reply" is one answer to a GET:
     retry_after="1"   what 429 and 503 ask for (None: no such header)
     etag='"v1"'       None sends none; 'W/"v1"' a weak one
     token="secret"    a GET of server.url without this bearer token gets 401
+    refuse=403        every GET gets this status instead of an answer
     pace_s=0.01       a pause before each 64 KiB, to be slow enough to be killed in the middle
     before=function   called with the Request before it is answered, in the server's thread
     tls=certificate   speak https with a `certificate(folder)`, which a client trusts whose

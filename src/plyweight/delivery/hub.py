@@ -169,5 +169,5 @@ class _HubSource:
             ) from error
         except httpx2.HTTPError as error:
             raise TransferError(f"{at} cannot be reached ({error}); try again.") from error
-        except ValueError as error:  # an answer that is not JSON
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # not the JSON it was
             raise TransferError(f"{at} answered nonsense for {self.name}; try again.") from error
