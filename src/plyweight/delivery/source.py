@@ -3,6 +3,7 @@
     https://  http://     delivery.http     any web server or CDN
     s3:// gs:// az://     delivery.store    object stores, by obstore
     hf://                 delivery.hub      the Hugging Face Hub
+    .../layers.json       delivery.parts    any of these, one file for each layer
     a path, a Source      LocalSource       files and memory
 
 A source makes one attempt and says exactly what came of it. It never tries again and never judges
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from plyweight.artifact import ByteRange, Source, open_source
+from plyweight.artifact.sidecar import SIDECAR_FILE
 from plyweight.errors import SourceError
 
 __all__ = ["LocalSource", "RemoteSource", "Reply", "open_remote"]
@@ -124,21 +126,33 @@ def open_remote(
     if isinstance(address, RemoteSource):
         return address
     scheme = address.partition("://")[0] if isinstance(address, str) and "://" in address else ""
+    if scheme and str(address).partition("?")[0].endswith(f"/{SIDECAR_FILE}"):
+        from plyweight.delivery.parts import PartsSource
+
+        return PartsSource(
+            str(address), lambda file: _open_file(file, token=token, allow_http=allow_http)
+        )
+    if scheme:
+        return _open_file(str(address), token=token, allow_http=allow_http)
+    return LocalSource(open_source(address))
+
+
+def _open_file(address: str, *, token: str | None, allow_http: bool) -> RemoteSource:
+    """The source of the one file at that URL."""
+    scheme = address.partition("://")[0]
     if scheme in ("http", "https"):
         from plyweight.delivery.http import HttpSource
 
-        return HttpSource(str(address), token=token, allow_http=allow_http)
+        return HttpSource(address, token=token, allow_http=allow_http)
     if scheme in ("s3", "gs", "az"):
         from plyweight.delivery.store import StoreSource
 
-        return StoreSource(str(address))
+        return StoreSource(address)
     if scheme == "hf":
         from plyweight.delivery.hub import hub_source
 
-        return hub_source(str(address), token=token, allow_http=allow_http)
-    if scheme:
-        raise SourceError(
-            f"the address has the scheme {scheme!r}; https, http, s3, gs, az and hf are known, and "
-            "plain paths."
-        )
-    return LocalSource(open_source(address))
+        return hub_source(address, token=token, allow_http=allow_http)
+    raise SourceError(  # without the address, which may hold secrets
+        f"the address has the scheme {scheme!r}; https, http, s3, gs, az and hf are known, and "
+        "plain paths."
+    )

@@ -1,0 +1,108 @@
+"""The split form over the wire: no server needs to know byte ranges."""
+
+import json
+
+import pytest
+from artifact.builders import big_content, build
+from delivery.servers import hostile, nginx, plain_server, s3
+
+from plyweight.artifact import ArtifactReader, Header, split, write_artifact
+from plyweight.delivery.fetch import fetch
+from plyweight.delivery.source import open_remote
+from plyweight.errors import ArtifactError, SourceError, TrustError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A published artifact of several chunks a layer, in parts, and its bytes."""
+    folder = tmp_path_factory.mktemp("parts")
+    write_artifact(folder / "net", **big_content(shape=(1024, 2048)))
+    split(folder / "net", folder / "split")
+    return folder
+
+
+def test_a_server_without_ranges_sends_the_files_that_a_bit_width_needs(folder, tmp_path):
+    data = (folder / "net").read_bytes()
+    header = Header.parse(data)
+    with plain_server(folder / "split") as server:
+        address, pin = f"{server.url}/layers.json", {"artifact_id": header.artifact_id}
+        first = fetch(address, bit_width=2, cache=tmp_path / "cache", **pin)
+        second = fetch(address, tmp_path / "net", **pin, cache=tmp_path / "cache")
+    assert ArtifactReader(first.artifact).held_bit_widths == (2,)
+    assert second.bit_width == header.bit_widths[-1]
+    assert (tmp_path / "net").read_bytes() == data
+    prefix = header.prefix_bytes(2)
+    assert first.transfer.received_bytes <= prefix + 2**20
+
+
+def test_a_server_with_ranges_serves_parts_too(folder, tmp_path):
+    data = (folder / "net").read_bytes()
+    with nginx(folder / "split") as server:
+        fetched = fetch(
+            f"{server.url}/layers.json",
+            tmp_path / "net",
+            artifact_id=Header.parse(data).artifact_id,
+            cache=tmp_path / "cache",
+        )
+    assert (tmp_path / "net").read_bytes() == data
+    assert fetched.transfer.wasted_bytes == 0
+
+
+def test_an_object_store_serves_parts_too(folder, tmp_path):
+    files = {f"net/{path.name}": path.read_bytes() for path in (folder / "split").iterdir()}
+    data = (folder / "net").read_bytes()
+    with s3(files) as store:
+        fetch(
+            f"{store.url}/net/layers.json",
+            tmp_path / "net",
+            artifact_id=Header.parse(data).artifact_id,
+            cache=tmp_path / "cache",
+        )
+    assert (tmp_path / "net").read_bytes() == data
+
+
+def test_what_was_begun_goes_on_in_the_middle_of_a_part(folder, tmp_path):
+    data = (folder / "net").read_bytes()
+    pin = {"artifact_id": Header.parse(data).artifact_id, "cache": tmp_path / "cache"}
+
+    def stop(progress):
+        if progress.bytes_done > len(data) // 3:
+            raise KeyboardInterrupt
+
+    with plain_server(folder / "split") as server:
+        address = f"{server.url}/layers.json"
+        with pytest.raises(KeyboardInterrupt):
+            fetch(address, tmp_path / "net", progress=stop, **pin)
+        fetch(address, tmp_path / "net", **pin)
+    assert (tmp_path / "net").read_bytes() == data
+
+
+def test_row_19_a_sidecar_names_only_files_of_its_own_folder(folder, tmp_path):
+    sidecar = json.loads((folder / "split" / "layers.json").read_text())
+    for name in ("../secret", "/etc/passwd", "a/b", ".hidden", "C:x", "a\u0000", "ä"):
+        sidecar["layers"][0]["file"] = name
+        (tmp_path / "layers.json").write_text(json.dumps(sidecar, separators=(",", ":")))
+        with plain_server(tmp_path) as server, pytest.raises(ArtifactError, match="the file of"):
+            fetch(f"{server.url}/layers.json", cache=tmp_path / "cache", artifact_id="0" * 64)
+
+
+def test_parts_of_another_artifact_are_not_the_one_that_was_asked_for(folder, tmp_path):
+    other = tmp_path / "other"
+    build(other)
+    split(other, tmp_path / "split")
+    with plain_server(tmp_path / "split") as server, pytest.raises(TrustError, match="asked for"):
+        fetch(
+            f"{server.url}/layers.json",
+            artifact_id=Header.parse((folder / "net").read_bytes()).artifact_id,
+            cache=tmp_path / "cache",
+        )
+
+
+def test_a_query_cannot_be_meant_for_every_file():
+    with pytest.raises(SourceError, match="may have no query"):
+        open_remote("https://host/layers.json?signature=x")
+
+
+def test_a_sidecar_that_is_missing_is_said(tmp_path):
+    with hostile(b"", refuse=404) as server, pytest.raises(SourceError, match="404"):
+        fetch(server.url.rpartition("/")[0] + "/layers.json", cache=tmp_path / "cache")
