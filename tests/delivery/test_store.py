@@ -41,7 +41,6 @@ def lying(mode="ok", data=DATA, **options):
             "AWS_ENDPOINT_URL": server.base,
             "AWS_ALLOW_HTTP": "true",
             "AWS_SKIP_SIGNATURE": "true",
-            "AWS_READ_TIMEOUT": "300ms",
         }
         with environment(variables):
             yield server, StoreSource("s3://models/net")
@@ -173,8 +172,6 @@ def test_plain_http_needs_the_permission_of_the_environment():
         "cut",
         "whole",
         "no-length",
-        "stall",
-        "stall-body",
     ],
 )
 def test_a_faulty_reply_is_a_transfer_error_asked_for_once(mode):
@@ -183,6 +180,13 @@ def test_a_faulty_reply_is_a_transfer_error_asked_for_once(mode):
             read(source)
         assert len(server.requests) == 1  # trying again is the client's to decide
         assert read(source) == (RANGE, SLICE)
+
+
+@pytest.mark.parametrize("mode", ["stall", "stall-body"])
+def test_a_store_that_falls_silent_is_not_waited_for(monkeypatch, mode):
+    monkeypatch.setenv("AWS_READ_TIMEOUT", "200ms")
+    with lying(mode) as (_, source), pytest.raises(TransferError):
+        read(source)
 
 
 def test_a_connection_that_is_refused_is_a_transfer_error():
