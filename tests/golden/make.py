@@ -1,6 +1,6 @@
 """Make the golden artifact of version 1, and the annotated dump of it that docs/format.md prints.
 
-    python tests/golden/make.py            writes v1.layered.safetensors and v1.json beside it
+    python tests/golden/make.py            writes v1.layered.safetensors, v1.json and corpus/
     python tests/golden/make.py --dump     prints the dump
 
 The artifact was written once, in November 2026, and must be readable for ever: every later reader
@@ -16,17 +16,23 @@ import numpy as np
 
 from plyweight.artifact import (
     Activation,
+    Alignment,
+    ByteRange,
     Header,
+    Layer,
     LayerContent,
     LayeredWeight,
     ModelInfo,
+    Sidecar,
     TensorData,
+    TensorEntry,
     write_artifact,
 )
 from plyweight.codec import codes_at, decode, encode, spread, to_planes
 
 HERE = Path(__file__).parent
 ARTIFACT, VALUES = HERE / "v1.layered.safetensors", HERE / "v1.json"
+CORPUS = HERE / "corpus"
 
 BIT_WIDTHS = (2, 3, 8)
 WEIGHTS = {"conv.weight": LayeredWeight((2, 1, 3), 1, 8), "fc.weight": LayeredWeight((2, 2))}
@@ -115,6 +121,31 @@ def values():
     return found
 
 
+def corpus():
+    """What scripts/fuzz_header.py starts from: texts of headers and sidecars, by file name."""
+    header = Header.parse(ARTIFACT.read_bytes())
+    small = Header(
+        alignment=Alignment(8, 8),
+        model=ModelInfo("a", 0, "b"),
+        weights={"w": LayeredWeight((1,))},
+        activations={},
+        layers=(Layer("base", 1, ByteRange(0, 16), "0" * 64, 65536, (bytes(32),)),),
+        tensors=(
+            TensorEntry("L0/w.q", "U8", (1, 1), ByteRange(0, 1)),
+            TensorEntry("__pad__.0", "U8", (7,), ByteRange(1, 8)),
+            TensorEntry("L0/w.scale", "F32", (1,), ByteRange(8, 12)),
+            TensorEntry("__pad__.1", "U8", (4,), ByteRange(12, 16)),
+        ),
+        extensions={"layered.x-note": "ä \U0001f642"},
+    )
+    return {
+        "header-golden": header.emit()[8:].rstrip(b" "),
+        "header-small": small.emit()[8:].rstrip(b" "),
+        "sidecar-split": Sidecar.of(header).emit(),
+        "sidecar-one-file": Sidecar.of(header, file=ARTIFACT.name).emit(),
+    }
+
+
 # --- the dump --------------------------------------------------------------------------------
 
 WIDTH = 104  # of the text in a line
@@ -173,6 +204,8 @@ def main():
         return
     write(ARTIFACT)
     VALUES.write_text(json.dumps(values(), indent=1) + "\n")
+    for name, text in corpus().items():
+        (CORPUS / name).write_bytes(text)
 
 
 if __name__ == "__main__":
