@@ -184,7 +184,7 @@ def test_a_faulty_reply_is_a_transfer_error_and_the_next_one_may_be_right(
 def test_a_server_that_falls_silent_is_not_waited_for(open_source, mode):
     with hostile(DATA, mode) as server:
         source = open_source(server.url, read_timeout_s=0.2)
-        with pytest.raises(TransferError, match="did not answer in time|stopped sending"):
+        with pytest.raises(TransferError, match=r"did not answer in time|stopped sending"):
             read(source)
 
 

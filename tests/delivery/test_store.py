@@ -1,6 +1,7 @@
 """Object stores: the same promises as HTTP, kept by obstore and checked after it."""
 
 import contextlib
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -150,6 +151,19 @@ def test_azure_and_google_read_their_own_variables_and_keep_their_secrets():
                 read(StoreSource(url))
             assert "s3cret" not in str(caught.value)
             assert caught.value.__suppress_context__
+
+
+def test_without_credentials_it_says_how_to_give_some(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    with hostile(DATA, refuse=403) as server:
+        variables = {"AWS_METADATA_ENDPOINT": server.base, "AWS_ALLOW_HTTP": "true"}
+        with environment(variables), pytest.raises(SourceError) as caught:
+            read(StoreSource("s3://models/net"))
+    assert str(caught.value) == (
+        "there are no credentials for s3://models/net; set AWS_* in the environment, or "
+        "AWS_SKIP_SIGNATURE=true if everybody may read it."
+    )
 
 
 def test_plain_http_needs_the_permission_of_the_environment():

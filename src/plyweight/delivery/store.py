@@ -58,8 +58,8 @@ CLIENT_VARIABLES = (
 PIECE_BYTES = 2**20
 TRANSIENT = frozenset({408, 425, 429})
 STATUS = re.compile(r"status code: (\d{3})")
-# Asked for credentials when the environment gives none.
-METADATA_HOSTS = re.compile(r"169\.254\.16\d\.\d+|metadata\.google\.internal")
+# What is asked for credentials when the environment gives none: a machine in a cloud has them.
+METADATA = re.compile(r"//169\.254\.|//metadata\.google\.internal|/latest/(?:api/token|meta-data)")
 
 
 class StoreSource:
@@ -172,7 +172,7 @@ class StoreSource:
     ) -> SourceError | StaleError | TransferError:
         """What an error is that obstore has no class for."""
         reason = _reason(error)
-        if METADATA_HOSTS.search(reason):
+        if METADATA.search(reason):
             return SourceError(
                 f"there are no credentials for {self.name}; set {self._prefix}_* in the "
                 f"environment, or {self._prefix}_SKIP_SIGNATURE=true if everybody may read it."
