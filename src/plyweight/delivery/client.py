@@ -221,7 +221,7 @@ class _Session:
                 progress=self.progress,
             )
             if is_first and opened.stream is not None:
-                puller.pull_from(opened.rest, opened.stream)
+                puller.pull_from(opened.rest, opened.stream, opened.close)
             else:
                 puller.pull()
             return self.into.opened(header, bit_width)

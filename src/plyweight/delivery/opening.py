@@ -8,7 +8,7 @@ handed on half read instead of being asked for again.
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -37,6 +37,7 @@ class Opened:
         identity: of the object; None if it is unknown.
         rest: bytes after the header that came with it; empty if it was here already.
         stream: the reply they are from, half read; None if it was here already.
+        close: ends that reply, so that its connection is free.
     """
 
     raw: bytes
@@ -44,6 +45,7 @@ class Opened:
     identity: str | None
     rest: memoryview
     stream: Stream | None
+    close: Callable[[], None]
 
 
 class Opener:
@@ -80,7 +82,7 @@ class Opener:
             return None
         is_of_name = known is not None and known.artifact_id == wanted
         identity = known.identity if known is not None and is_of_name else None
-        return Opened(raw, Header.parse(raw), identity, memoryview(b""), None)
+        return Opened(raw, Header.parse(raw), identity, memoryview(b""), None, lambda: None)
 
     @contextmanager
     def from_source(self) -> Iterator[Opened]:
@@ -155,11 +157,12 @@ class Opener:
                         ask(self._source, wanted, identity=identity, meter=self._meter)
                     )
                     identity = identity or stream.identity
-                    if _has_header(buffer, stream):
-                        stack.push(attempt.pop_all())
+                    if _has_header(buffer, stream, self._patience):
+                        stack.push(attempt.pop_all())  # left open
                         break
-                    if len(buffer) >= LENGTH_BYTES:  # it is longer than what was asked or given
-                        stop = max(FIRST_BYTES, header_bytes(buffer))
+                    # It is longer than what was asked for, or than what was given.
+                    is_known = len(buffer) >= LENGTH_BYTES
+                    stop = max(FIRST_BYTES, header_bytes(buffer) if is_known else LENGTH_BYTES)
             except TransferError as error:
                 failures = 1 if len(buffer) > before else failures + 1
                 self._patience.pause(failures, error)
@@ -171,10 +174,10 @@ class Opener:
                 "was asked for; it was replaced or is not what you were told, so ask its publisher."
             )
         raw, rest = bytes(buffer[: header.data_start]), memoryview(buffer)[header.data_start :]
-        return Opened(raw, header, identity, rest, stream)
+        return Opened(raw, header, identity, rest, stream, stack.close)
 
 
-def _has_header(buffer: bytearray, stream: Stream) -> bool:
+def _has_header(buffer: bytearray, stream: Stream, patience: Patience) -> bool:
     """Read on until the header is in ``buffer``; whether it is.
 
     Raises:
@@ -184,6 +187,7 @@ def _has_header(buffer: bytearray, stream: Stream) -> bool:
     """
     for position, piece in stream:
         buffer += piece[max(0, len(buffer) - position) :]
+        patience.progressed()
         if len(buffer) >= LENGTH_BYTES and len(buffer) >= header_bytes(buffer):
             return True
     if stream.total_bytes is not None and len(buffer) >= stream.total_bytes:

@@ -86,14 +86,15 @@ class Puller:
             SourceError: If the source refuses, or ignores ranges and too much would be wasted.
             OutputError: If it cannot be written.
         """
-        self._pull_rest(self._gatherer(self._filling.missing))
+        self._pull_rest(self._gatherer(self._filling.missing), whole=False)
 
-    def pull_from(self, rest: memoryview, stream: Stream) -> None:
+    def pull_from(self, rest: memoryview, stream: Stream, close: Callable[[], None]) -> None:
         """The same, beginning with what comes with the header.
 
         Args:
             rest: the bytes after the header that are here.
             stream: the reply they are from.
+            close: ends that reply; called as soon as there is nothing more to take from it.
 
         Raises:
             DeliveryError: As :meth:`pull`.
@@ -101,19 +102,18 @@ class Puller:
             OutputError: As :meth:`pull`.
         """
         gatherer = self._begun[self._owner] = self._gatherer(self._filling.missing)
-        if not stream.ignores_range:
+        whole = stream.ignores_range
+        if not whole or self._waste_of(stream, gatherer) <= self._max_waste_bytes:
             self._take(rest, stream, gatherer)
-            self._pull_rest(gatherer)
-            return
-        if self._waste_of(stream, gatherer) <= self._max_waste_bytes:
-            self._take(rest, stream, gatherer)
-        self._pull(gatherer, self._never, whole=True)
-        self._report(at_once=True)
+        close()
+        self._pull_rest(gatherer, whole=whole)
 
-    def _pull_rest(self, gatherer: Gatherer) -> None:
-        """All that a gatherer has left."""
-        if not self._pull_runs(gatherer):
-            self._pull(self._gatherer(self._filling.missing), self._never, whole=True)
+    def _pull_rest(self, gatherer: Gatherer, *, whole: bool) -> None:
+        """All that a gatherer has left; ``whole`` if the source ignores ranges."""
+        if not whole and not self._pull_runs(gatherer):
+            gatherer, whole = self._gatherer(self._filling.missing), True
+        if whole:
+            self._pull(gatherer, self._never, whole=True)
         self._report(at_once=True)
 
     # --- one request after the other ---
