@@ -9,6 +9,7 @@ from delivery.servers import NAME, certificate, environment, head_of, hostile, r
 from plyweight.artifact import ByteRange
 from plyweight.delivery import hosts
 from plyweight.delivery.http import MAX_REDIRECTS, HttpSource
+from plyweight.delivery.source import open_remote
 from plyweight.errors import SourceError, TransferError
 
 DATA = np.random.default_rng(5).bytes(30_000)
@@ -291,6 +292,12 @@ def test_an_address_that_is_no_url_is_refused_without_repeating_it(url):
     assert "secret" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
+
+
+def test_a_scheme_that_nobody_knows_is_refused_without_repeating_the_address():
+    with pytest.raises(SourceError, match="has the scheme 'ftp'; https, http, s3") as caught:
+        open_remote("ftp://jo:secret@models.example/net")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_token_beside_a_user_and_a_token_that_is_no_header_are_refused():

@@ -104,7 +104,11 @@ class Question:
         return Reply(got, total, found, self._body(response.iter_raw(), got, ends=exact))
 
     def _whole(self, response: httpx2.Response, found: str | None) -> Reply:
-        """A 200: the server ignores ranges and gives everything."""
+        """A 200: the server ignores ranges and gives everything.
+
+        Where it does not say how much that is, and it is not soon over, ``byte_range`` ends where
+        the range that was asked for does: so far the bytes must come.
+        """
         pieces, total = response.iter_raw(), _content_length(response)
         exact = total is not None
         if total is None:
