@@ -18,7 +18,7 @@ from artifact.builders import big_content, table_of, with_table
 from plyweight.artifact import ByteRange, Header, write_artifact
 from plyweight.delivery.client import download
 from plyweight.delivery.source import Reply
-from plyweight.errors import StaleError
+from plyweight.errors import StaleError, TransferError
 
 NAME = "https://models.example/tiny"
 CHUNK = 64 * 2**10
@@ -70,6 +70,12 @@ def artifact(path, bit_widths=(2, 3, 4), *, shape=(1024, 1024), **changes):
 def fetch(source, into, bit_width=4, **options):
     """``download`` of a fixed bit-width."""
     return download(source, choose=lambda header: bit_width, into=into, **options)
+
+
+def fail_from(number, first):
+    """For ``before``: the line goes down at request ``first``."""
+    if number >= first:
+        raise TransferError("the line is down")
 
 
 def flipped(data, position, bit=0):
