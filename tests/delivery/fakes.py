@@ -16,8 +16,9 @@ import threading
 from artifact.builders import big_content, table_of, with_table
 
 from plyweight.artifact import ByteRange, Header, write_artifact
+from plyweight.delivery.cache import Cache
 from plyweight.delivery.client import download
-from plyweight.delivery.source import Reply
+from plyweight.delivery.source import LocalSource, Reply
 from plyweight.errors import StaleError, TransferError
 
 NAME = "https://models.example/tiny"
@@ -68,7 +69,9 @@ def artifact(path, bit_widths=(2, 3, 4), *, shape=(1024, 1024), **changes):
 
 
 def fetch(source, into, bit_width=4, **options):
-    """``download`` of a fixed bit-width."""
+    """``download`` of a fixed bit-width; a cache remembers names."""
+    if isinstance(into, Cache) and not isinstance(source, LocalSource):
+        options.setdefault("refs", into.refs)
     return download(source, choose=lambda header: bit_width, into=into, **options)
 
 

@@ -125,12 +125,13 @@ def test_a_torn_line_of_the_journal_costs_its_chunk_only(tiny, begin):  # row_17
     assert set(begin().missing) <= set(chunks[2:3] + chunks[4:])
 
 
-def test_without_its_journal_a_file_is_begun_anew_in_place(tiny, begin):
+def test_without_its_journal_every_chunk_is_looked_at(tiny, begin):  # row_17
     first = begin()
-    write(tiny, first, first.missing[:2])
+    chunks = first.missing
+    write(tiny, first, chunks[1:3])
     first.close()
     journal_of(first).unlink()
-    assert begin().missing == list(chunks_of(tiny[1], [0]))
+    assert begin().missing == [chunks[0], *chunks[3:]]
 
 
 def test_a_header_that_contradicts_itself_publishes_nothing(tiny, begin, tmp_path):

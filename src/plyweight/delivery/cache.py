@@ -365,6 +365,8 @@ def _remove_unused(folder: Path) -> None:
     """Delete the folder of an evicted artifact, unless somebody fills it again."""
     with contextlib.suppress(OSError):
         if (lock := try_lock(folder / "lock")) is not None:
+            for path in folder.glob(".plyweight-*.part"):  # headers whose writer was killed
+                path.unlink(missing_ok=True)
             (folder / "lock").unlink(missing_ok=True)
             os.close(lock)
             folder.rmdir()

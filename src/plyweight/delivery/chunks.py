@@ -85,7 +85,8 @@ class Gatherer:
         self.rejected: list[Chunk] = []
         self._chunks, self._next = chunks, 0
         self._keep, self._reject = keep, reject
-        self._buffer = bytearray(max((c.byte_range.num_bytes for c in chunks), default=0))
+        self._largest = max((chunk.byte_range.num_bytes for chunk in chunks), default=0)
+        self._buffer = bytearray()  # until the first byte comes
         self._begin()
 
     @property
@@ -112,12 +113,13 @@ class Gatherer:
         return list(self._chunks[self._next :])
 
     def handed_over(self, chunks: Sequence[Chunk]) -> "Gatherer":
-        """A gatherer for ``chunks``, the first of which goes on where it is begun here.
+        """A gatherer for ``chunks`` of this one, the first of which goes on where it is begun here.
 
-        This one may not be used afterwards.
+        It takes the memory with it, so this one may not be used afterwards.
         """
         other = Gatherer((), keep=self._keep, reject=self._reject)
-        other._chunks, other._buffer = chunks, self._buffer
+        other._chunks, other._largest = chunks, self._largest
+        other._buffer, self._buffer = self._buffer, bytearray()
         other._hash, other.held_bytes = self._hash, self.held_bytes
         return other
 
@@ -135,6 +137,7 @@ class Gatherer:
                 raise ValueError(f"bytes before {position} were left out")
             chunk = self._chunks[self._next]
             piece = data[: chunk.byte_range.stop - position]
+            self._buffer = self._buffer or bytearray(self._largest)
             self._buffer[self.held_bytes : self.held_bytes + len(piece)] = piece
             self._hash.update(piece)
             self.held_bytes += len(piece)

@@ -6,7 +6,7 @@
              QUARANTINED ◄────────────┘ a chunk is wrong three times: nothing of it is published
 
 What moves: the first MiB, of which nothing is asked for twice, and then what is missing. Once a
-name is known (from the cache's ``refs``) or an id is pinned, its header is not asked for again:
+name is known (from ``refs``) or an id is pinned, its header is not asked for again:
 missing layers are fetched from their places, and where nothing is missing nothing is asked; the
 digests judge. So a name stands for the artifact it was trusted for until ``refresh``.
 """
@@ -15,13 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from plyweight.artifact import Header, Source
-from plyweight.delivery.cache import Cache
 from plyweight.delivery.filling import Destination
 from plyweight.delivery.opening import Opened, Opener
 from plyweight.delivery.pulling import Puller
 from plyweight.delivery.refs import Ref, Refs, check_digest
 from plyweight.delivery.retry import Patience
-from plyweight.delivery.source import LocalSource, RemoteSource
+from plyweight.delivery.source import RemoteSource
 from plyweight.delivery.transfer import Meter, Progress, Transfer
 from plyweight.errors import OutputError, SourceError, StaleError, TrustError
 
@@ -89,8 +88,8 @@ def download(
             :class:`~plyweight.delivery.standing.StandingFile`.
         artifact_id: that the artifact must have; None for whatever the source has.
         trust: is asked before anything of the artifact is kept.
-        refs: where the source's name is looked up and remembered; those of the cache by default,
-            none for a standing file. A path is no lasting name, so local sources have none.
+        refs: where the source's name is looked up and remembered (``Cache.refs``); None for a
+            source whose name does not last, such as a path: its header is read every time.
         refresh: ask whether the name stands for something newer by now.
         allow_rollback: accept an older revision, or another model, than the name stood for.
         parallel: requests at the same time; fewer where chunks are large.
@@ -111,10 +110,6 @@ def download(
         raise ValueError(f"parallel is {parallel!r}; give an integer of 1 or more.")
     if artifact_id is not None:
         check_digest(artifact_id)
-    if isinstance(source, LocalSource):
-        refs = None
-    elif refs is None and isinstance(into, Cache):
-        refs = into.refs
     meter, patience = Meter(), Patience(deadline_s)
     session = _Session(
         source=source,

@@ -1,7 +1,8 @@
 """Partial: a file that is being filled, and survives a kill at any point.
 
     <stem>.<nonce>.part       verified chunks at their places, holes in between
-    <stem>.<nonce>.journal    a line "layer/chunk" for each of them: a hint, read again by hashing
+    <stem>.<nonce>.journal    a line "layer/chunk" for each of them: a hint, judged by hashing;
+                              without it (a kill may leave none) every chunk is looked at
 
 A chunk is judged before it is written and always goes to the same place, so writing it twice, or
 from two processes at once, writes the same bytes. The nonce ties a name to one file for ever:
@@ -79,9 +80,11 @@ class Partial:
         self._lock = threading.Lock()
         self._descriptor = self._journal = -1
         try:
-            self._open(mode)
+            is_new = self._open(mode)
             wanted = list(chunks_of(header, layers))
-            claimed = self._claimed(wanted)
+            is_noted = is_new or self._journal_path.exists()
+            self._journal = open_to_fill(self._journal_path, flags=os.O_CREAT | os.O_APPEND)
+            claimed = self._claimed(wanted) if is_noted else set(wanted)
             held = {chunk for chunk in claimed if self._holds(self._descriptor, chunk)}
             self._missing = set(wanted) - held
             self._missing_bytes = sum(chunk.byte_range.num_bytes for chunk in self._missing)
@@ -142,6 +145,8 @@ class Partial:
             mode = self._published_mode
             if mode is None:
                 mode = os.fstat(descriptor).st_mode & 0o777
+            # First, so that a kill between the two leaves a whole file to go on with, not litter.
+            self._journal_path.unlink(missing_ok=True)
             publish_descriptor(descriptor, self.path, self._target, mode=mode)
         finally:
             os.close(descriptor)
@@ -156,24 +161,26 @@ class Partial:
                     os.close(descriptor)
             self._descriptor = self._journal = -1
 
-    def _open(self, mode: int) -> None:
-        """Take up a partial file of the right size and head, or begin one."""
+    @property
+    def _journal_path(self) -> Path:
+        return self.path.with_suffix(".journal")
+
+    def _open(self, mode: int) -> bool:
+        """Take up a partial file of the right size and head, or begin one; whether it is new."""
         for part in partial_files(self._stem):
             self.path = part
             with contextlib.suppress(SourceError, OutputError):  # gone, or not ours
                 self._descriptor = open_to_fill(part, flags=0)
                 if self._is_of_this_artifact():
-                    break
+                    return False
                 os.close(self._descriptor)
                 self._descriptor = -1
-        else:
-            nonce = secrets.token_hex(NONCE_BYTES)
-            self.path = self._stem.with_name(f"{self._stem.name}.{nonce}.part")
-            self._descriptor = open_to_fill(self.path, flags=os.O_CREAT | os.O_EXCL, mode=mode)
-            set_size(self._descriptor, self._num_bytes)
-            write_at(self._descriptor, self._head, 0)
-        journal = self.path.with_suffix(".journal")
-        self._journal = open_to_fill(journal, flags=os.O_CREAT | os.O_APPEND)
+        nonce = secrets.token_hex(NONCE_BYTES)
+        self.path = self._stem.with_name(f"{self._stem.name}.{nonce}.part")
+        self._descriptor = open_to_fill(self.path, flags=os.O_CREAT | os.O_EXCL, mode=mode)
+        set_size(self._descriptor, self._num_bytes)
+        write_at(self._descriptor, self._head, 0)
+        return True
 
     def _is_of_this_artifact(self) -> bool:
         """Whether the open file has the size and the first bytes that it must have in the end."""

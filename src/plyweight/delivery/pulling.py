@@ -156,8 +156,9 @@ class Puller:
             try:
                 if gatherer.done:
                     if not gatherer.rejected:
+                        del self._begun[threading.get_ident()]  # and its memory
                         return
-                    gatherer = self._gatherer(gatherer.rejected)
+                    gatherer = gatherer.handed_over(gatherer.rejected)
                     raise TransferError("the last bytes that came had another digest.")
                 with ask(
                     self._source, gatherer.wanted, identity=self._identity, meter=self._meter
@@ -185,9 +186,9 @@ class Puller:
         if not runs:
             return True
         jobs: SimpleQueue[Callable[[], Gatherer]] = SimpleQueue()
-        for run in runs:
-            is_begun = gatherer.held_bytes > 0 and run is runs[0]
-            jobs.put(partial(gatherer.handed_over if is_begun else self._gatherer, run))
+        jobs.put(partial(gatherer.handed_over, runs[0]))  # which may be begun
+        for run in runs[1:]:
+            jobs.put(partial(self._gatherer, run))
         self._begun.pop(self._owner, None)
         largest = max(chunk.byte_range.num_bytes for run in runs for chunk in run)
         count = min(self._parallel, len(runs), max(1, IN_FLIGHT_BYTES // largest))
