@@ -437,6 +437,33 @@ def test_an_interrupt_ends_the_threads_and_is_taken_up_again(tiny, cache, monkey
     assert source.sent <= len(data) + 5 * CHUNK
 
 
+def test_threads_that_wait_for_a_silent_server_are_left_and_touch_nothing(tiny, cache, monkeypatch):
+    monkeypatch.setattr(pulling, "REPORT_S", 0.0)
+    monkeypatch.setattr(pulling, "GRACE_S", 0.0)
+    data, _ = tiny
+    silence = threading.Event()
+
+    def before(source, number):
+        if number:
+            silence.wait()
+
+    def interrupt(step):
+        raise KeyboardInterrupt
+
+    source, count = FakeSource(data), threading.active_count()
+    source.before = before
+    with pytest.raises(KeyboardInterrupt):
+        fetch(source, cache, progress=interrupt)
+    left = [thread for thread in threading.enumerate() if thread.name == "fetch"]
+    before_them = {name: (cache.folder / name).stat() for name in files_in(cache.folder)}
+    silence.set()
+    for thread in left:
+        thread.join()
+    assert threading.active_count() == count
+    assert {name: (cache.folder / name).stat() for name in files_in(cache.folder)} == before_them
+    assert read_all(fetch(FakeSource(data), cache).artifact) == data
+
+
 def test_an_error_of_ours_in_a_thread_is_raised_and_ends_the_others(tiny, cache):
     def before(source, number):
         if number == 3:

@@ -46,7 +46,8 @@ POSIX = os.name == "posix"
 
 # What writing to the temporary file itself can die of; other errors belong to whoever raised them.
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
-PIECE_BYTES = 2**18  # of one read: it stays in a core's cache until it is copied
+HAS_PREADV = hasattr(os, "preadv")
+PIECE_BYTES = 2**18  # of one read that is copied: it stays in a core's cache until then
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -287,9 +288,17 @@ def fill_from(descriptor: int, buffer: bytearray | memoryview, offset: int) -> i
     """
     view, done = memoryview(buffer), 0
     try:
-        while piece := os.pread(descriptor, min(len(view) - done, PIECE_BYTES), offset + done):
-            view[done : done + len(piece)] = piece
-            done += len(piece)
+        while done < len(view):
+            rest, position = view[done:], offset + done
+            if HAS_PREADV:
+                count = os.preadv(descriptor, [rest], position)
+            else:  # macOS
+                piece = os.pread(descriptor, min(len(rest), PIECE_BYTES), position)
+                count = len(piece)
+                rest[:count] = piece
+            if not count:
+                break
+            done += count
     except OSError as error:
         raise SourceError(f"reading failed ({error.strerror or error}); try again.") from error
     return done

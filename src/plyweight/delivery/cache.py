@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from plyweight.artifact import MAX_HEADER_BYTES, ByteRange, Header, publish_atomically
 from plyweight.artifact.files import (
     create_private_folder,
@@ -97,13 +99,32 @@ class CachedArtifact:
             RangeError: If a byte of the range is not there.
             SourceError: If the bytes cannot be read.
         """
-        if not 0 <= byte_range.start <= byte_range.stop <= self.size():
-            raise RangeError(
-                f"bytes {byte_range} were asked for, but {self.name} has {self.size()} bytes; "
-                "ask inside those."
-            )
+        self._require_inside(byte_range)
         buffer = bytearray(byte_range.num_bytes)
-        view = memoryview(buffer)
+        self._fill(memoryview(buffer), byte_range)
+        return buffer
+
+    def read_view(self, byte_range: ByteRange) -> memoryview:
+        """As :meth:`read`, without a copy where the range lies in one layer: it is mapped then.
+
+        The memory may be written to, which changes no file, and stays valid after :meth:`close`.
+        """
+        self._require_open()
+        for layer, descriptor in zip(self.layers, self._descriptors, strict=True):
+            start, stop = layer.byte_range.start, layer.byte_range.stop
+            if not self._copy and start <= byte_range.start < byte_range.stop <= stop:
+                inside = byte_range.shifted(-start)
+                return map_file(descriptor, stop - start)[inside.start : inside.stop]
+        self._require_inside(byte_range)
+        view = np.empty(byte_range.num_bytes, np.uint8).data  # not set to zero first
+        self._fill(view, byte_range)
+        return view
+
+    def close(self) -> None:
+        """Close the files; what was read or mapped stays valid."""
+        self._finalizer()
+
+    def _fill(self, view: memoryview, byte_range: ByteRange) -> None:
         head = self._raw[byte_range.start : byte_range.stop]
         view[: len(head)] = head
         self._require_open()
@@ -118,24 +139,13 @@ class CachedArtifact:
                     f"a layer of {self.name} was cut by somebody else; evict the artifact and "
                     "fetch it again."
                 )
-        return buffer
 
-    def read_view(self, byte_range: ByteRange) -> memoryview:
-        """As :meth:`read`, without a copy where the range lies in one layer: it is mapped then.
-
-        The memory may be written to, which changes no file, and stays valid after :meth:`close`.
-        """
-        self._require_open()
-        for layer, descriptor in zip(self.layers, self._descriptors, strict=True):
-            start, stop = layer.byte_range.start, layer.byte_range.stop
-            if not self._copy and start <= byte_range.start < byte_range.stop <= stop:
-                inside = byte_range.shifted(-start)
-                return map_file(descriptor, stop - start)[inside.start : inside.stop]
-        return memoryview(self.read(byte_range))
-
-    def close(self) -> None:
-        """Close the files; what was read or mapped stays valid."""
-        self._finalizer()
+    def _require_inside(self, byte_range: ByteRange) -> None:
+        if not 0 <= byte_range.start <= byte_range.stop <= self.size():
+            raise RangeError(
+                f"bytes {byte_range} were asked for, but {self.name} has {self.size()} bytes; "
+                "ask inside those."
+            )
 
     def _require_open(self) -> None:
         if not self._finalizer.alive:
