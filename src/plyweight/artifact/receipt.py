@@ -4,6 +4,7 @@ It is derived from the file alone, so a size in a table can be checked by whoeve
 """
 
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from plyweight.artifact.names import is_pad, roles_of, split_name
 from plyweight.artifact.reader import ArtifactReader
 from plyweight.artifact.source import Source
 
-__all__ = ["LayerReceipt", "Receipt", "inspect"]
+__all__ = ["LayerReceipt", "Receipt", "inspect", "receipt_of"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,16 @@ def inspect(path_or_source: str | os.PathLike[str] | Source) -> Receipt:
         ArtifactError: If the header is wrong, or the source does not end where a layer does.
     """
     reader = ArtifactReader(path_or_source)
-    header = reader.header
+    return receipt_of(reader.header, reader.held_bit_widths)
+
+
+def receipt_of(header: Header, held_bit_widths: Collection[int]) -> Receipt:
+    """The receipt of an artifact, of which only the header may be here.
+
+    Args:
+        header: of the artifact.
+        held_bit_widths: whose layers its source has.
+    """
     return Receipt(
         artifact_id=header.artifact_id,
         header_bytes=header.data_start,
@@ -90,7 +100,7 @@ def inspect(path_or_source: str | os.PathLike[str] | Source) -> Receipt:
         num_layered=len(header.weights),
         num_tensors=sum(not is_pad(entry.name) for entry in header.tensors),
         layers=tuple(
-            _line(header, index, held=layer.bit_width in reader.held_bit_widths)
+            _line(header, index, held=layer.bit_width in held_bit_widths)
             for index, layer in enumerate(header.layers)
         ),
     )

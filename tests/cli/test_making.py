@@ -1,20 +1,19 @@
+"""demo and pack: the commands that make an artifact."""
+
 import errno
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from cli.calls import assert_one_sentence, run
 from matplotlib.image import imread
 from torch import nn
 
 import plyweight
 from plyweight import demo
 from plyweight.artifact import ArtifactReader
-from plyweight.cli import app, main
-
-COMMANDS = [command.callback.__name__ for command in app.registered_commands]
 
 
 @pytest.fixture
@@ -31,70 +30,6 @@ def artifact(tmp_path):
 @pytest.fixture
 def tiny_demo(monkeypatch):
     monkeypatch.setattr(demo, "FAST", demo.Recipe(float_epochs=1, quantized_epochs=1))
-
-
-def run(capsys, *arguments):
-    code = main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def assert_one_sentence(result, *words):
-    code, out, err = result
-    assert (code, out) == (1, "")
-    assert err.startswith("plyweight: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    assert all(word in err for word in words)
-
-
-def test_inspect_prints_the_receipt_of_the_library(capsys, artifact):
-    code, out, _ = run(capsys, "inspect", artifact, "--json")
-    assert code == 0
-    assert json.loads(out) == json.loads(json.dumps(plyweight.inspect(artifact).to_json()))
-    code, out, _ = run(capsys, "inspect", artifact)
-    lines = out.splitlines()
-    assert code == 0
-    assert lines[0].split()[:2] == ["layer", "bit-width"]
-    assert [line.split()[1] for line in lines[1:4]] == ["2", "4", "8"]
-
-
-def test_of_a_cut_file_inspect_and_verify_tell_what_is_there(capsys, artifact):
-    receipt = plyweight.inspect(artifact)
-    artifact.write_bytes(artifact.read_bytes()[: receipt.layers[1].total_bytes])
-    _, out, _ = run(capsys, "inspect", artifact)
-    assert [("not in this file" in line) for line in out.splitlines()[1:4]] == [False, False, True]
-    assert run(capsys, "verify", artifact)[:2] == (
-        0,
-        "2 of 3 layers match their digests; the other 1 are not in this file\n",
-    )
-    assert json.loads(run(capsys, "verify", artifact, "--json")[1]) == {
-        "verified": [2, 4],
-        "stored": [2, 4, 8],
-    }
-
-
-def test_verify_refuses_a_damaged_layer_by_name(capsys, artifact):
-    assert run(capsys, "verify", artifact) == (0, "3 of 3 layers match their digests\n", "")
-    data = bytearray(artifact.read_bytes())
-    data[-50] ^= 1
-    artifact.write_bytes(data)
-    assert_one_sentence(run(capsys, "verify", artifact), "layer 2 (8 bits)", "L2/")
-
-
-def test_debug_shows_where_an_error_came_from(capsys, tmp_path):
-    code, _, err = run(capsys, "--debug", "inspect", tmp_path / "none")
-    assert code == 1
-    assert err.startswith("Traceback")
-    assert err.splitlines()[-1].startswith("plyweight: ")
-
-
-def test_what_is_no_artifact_is_one_sentence(capsys, tmp_path):
-    (tmp_path / "text").write_text("hello, this is no artifact at all")
-    assert_one_sentence(run(capsys, "inspect", tmp_path / "text"), "check that this is an artifact")
-    assert_one_sentence(run(capsys, "inspect", tmp_path / "none"), "does not exist")
-    assert_one_sentence(run(capsys, "verify", tmp_path), "is a directory")
-    assert_one_sentence(run(capsys, "inspect", "https://example.org/x"), "is a URL")
 
 
 def test_pack_makes_the_file_that_the_library_makes(capsys, artifact, tmp_path):
@@ -157,31 +92,6 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(
     result = run(capsys, "pack", tmp_path / "net.pt", artifact, "--revision", 7)
     assert_one_sentence(result, "cannot be written", "nothing was left behind")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_wrong_calls_end_with_2(capsys):
-    for arguments in (
-        (),
-        ("bogus",),
-        ("--bogus",),
-        ("inspect",),
-        ("inspect", "a", "b"),
-        ("verify", "a", "--debug"),  # an option of plyweight itself: it comes first
-        ("pack", "net.pt"),
-        ("demo", "--seed", "x"),
-    ):
-        code, out, err = run(capsys, *arguments)
-        assert (code, out) == (2, "")
-        assert "Usage: plyweight" in err
-        assert "Traceback" not in err
-
-
-def test_version_and_help_end_with_0(capsys):
-    assert run(capsys, "--version") == (0, f"plyweight {plyweight.__version__}\n", "")
-    for arguments in (("--help",), *((command, "--help") for command in COMMANDS)):
-        code, out, err = run(capsys, *arguments)
-        assert (code, err) == (0, "")
-        assert out.startswith("Usage: plyweight")
 
 
 def test_the_demo_shows_every_width_and_the_same_seed_makes_the_same_file(
@@ -254,21 +164,6 @@ def test_without_what_it_needs_a_command_says_what_to_install(capsys, tmp_path, 
     monkeypatch.setitem(sys.modules, "torch", None)
     result = run(capsys, "pack", "net.pt", "out")
     assert_one_sentence(result, "plyweight pack needs torch", 'pip install "plyweight[train]"')
-
-
-def test_reading_commands_do_not_import_torch(artifact):
-    script = (
-        "import sys; from plyweight.cli import main; "
-        f"code = main(['inspect', {str(artifact)!r}]) or main(['verify', {str(artifact)!r}]); "
-        "sys.exit(code or 'torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
-
-
-def test_the_module_runs_like_the_command():
-    command = [sys.executable, "-m", "plyweight", "--version"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert done.stdout == f"plyweight {plyweight.__version__}\n"
 
 
 def test_the_checkpoint_is_not_overwritten_by_its_artifact(capsys, artifact, tmp_path):

@@ -1,0 +1,321 @@
+"""inspect, verify, export, split, join, sign: what is done with an artifact, without torch."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from plyweight.cli.calling import (
+    AllowHttp,
+    Artifact,
+    AsJson,
+    Authorities,
+    Patience,
+    PublicKey,
+    parse_id,
+    print_json,
+    refuse_together,
+)
+from plyweight.cli.show import receipt_table, size
+from plyweight.errors import OutputError, SourceError, TrustError, listed
+
+if TYPE_CHECKING:
+    from plyweight.artifact import ByteRange, Header, Receipt, Source
+    from plyweight.delivery import RemoteSource, Reply, Transfer
+
+__all__ = ["export", "inspect", "join", "sign", "split", "verify"]
+
+BitWidth = Annotated[
+    int | None,
+    typer.Option("--bit-width", "-b", min=1, max=8, metavar="N", help="By default the widest."),
+]
+
+
+class Format(StrEnum):
+    """What ``export`` writes."""
+
+    SAFETENSORS = "safetensors"
+
+
+class Dtype(StrEnum):
+    """Of exported weights."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+
+def inspect(
+    artifact: Annotated[
+        str, typer.Argument(metavar="FILE", help="An artifact, whole or a prefix; or its URL.")
+    ],
+    allow_http: AllowHttp = False,
+    patience: Patience = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Show what every bit-width costs; reads the header only."""
+    if "://" not in artifact:
+        from plyweight.artifact import inspect as inspect_file
+
+        receipt, moved = inspect_file(_source(artifact)), {}
+    else:
+        receipt, transfer = _inspect_remote(artifact, allow_http=allow_http, patience_s=patience)
+        moved = {
+            "requests": transfer.requests,
+            "received_bytes": transfer.received_bytes,
+            "seconds": transfer.seconds,
+        }
+    if as_json:
+        print_json(receipt.to_json() | moved)
+        return
+    typer.echo(receipt_table(receipt))
+
+
+def verify(
+    artifact: Artifact,
+    public_key: PublicKey = None,
+    authorities: Authorities = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every layer against its digest, and who signed it."""
+    refuse_together(public_key=public_key, authority=authorities)
+    if "://" in artifact:
+        raise SourceError(
+            f"{artifact} is a URL; `plyweight fetch` verifies every layer that it brings, and "
+            "takes --public-key and --authority as well."
+        )
+    from plyweight.artifact import ArtifactReader
+
+    reader = ArtifactReader(_source(artifact))
+    is_signed = public_key is not None or bool(authorities)
+    if is_signed:
+        _verify_signature(reader.header, artifact, public_key, authorities or ())
+    checked, total = len(reader.verify()), len(reader.header.layers)
+    if as_json:
+        print_json(
+            {
+                "verified": list(reader.held_bit_widths),
+                "stored": list(reader.header.bit_widths),
+                "artifact_id": reader.header.artifact_id,
+                "public_key": None if public_key is None else str(public_key),
+                "authorities": [str(path) for path in authorities or ()],
+            }
+        )
+        return
+    rest = "" if checked == total else f"; the other {total - checked} are not in this file"
+    typer.echo(f"{checked} of {total} layers match their digests{rest}")
+    if is_signed:
+        signer = f"someone {listed(authorities)} vouches for" if authorities else public_key
+        typer.echo(f"signed by {signer}")
+
+
+def export(
+    artifact: Artifact,
+    path: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
+    bit_width: BitWidth = None,
+    to: Annotated[Format, typer.Option(help="The format.")] = Format.SAFETENSORS,
+    dtype: Annotated[Dtype, typer.Option(help="Of the layered weights.")] = Dtype.FLOAT32,
+    as_json: AsJson = False,
+) -> None:
+    """Write one bit-width as a plain state dict that other tools read."""
+    from plyweight.exporting import export as export_file
+
+    _refuse_same(artifact, path)
+    exported = export_file(
+        _source(artifact), path, bit_width=bit_width, to=to.value, dtype=dtype.value
+    )
+    num_bytes = path.stat().st_size
+    if as_json:
+        print_json({"path": str(path), "bit_width": exported, "num_bytes": num_bytes})
+        return
+    typer.echo(f"{path}  {size(num_bytes)}  {exported} bits as {dtype.value}")
+
+
+def split(
+    artifact: Artifact,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="To make, or an empty one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write each layer to a file, for servers without byte ranges."""
+    from plyweight.artifact import split as split_file
+
+    sidecar = split_file(_source(artifact), folder)
+    files = sorted(path.name for path in folder.iterdir())
+    if as_json:
+        print_json(
+            {"folder": str(folder), "artifact_id": sidecar.artifact_id, "files": files},
+        )
+        return
+    typer.echo(f"{folder}  {', '.join(files)}")
+
+
+def join(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a split artifact.")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The artifact to write.")],
+    bit_width: BitWidth = None,
+    artifact_id: Annotated[
+        str | None,
+        typer.Option(
+            "--id", parser=parse_id, metavar="HEX", help="Id that the artifact must have."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a split artifact together again; every byte is verified."""
+    from plyweight.artifact import inspect as inspect_file
+    from plyweight.artifact import join as join_files
+
+    join_files(folder, path, bit_width=bit_width, artifact_id=artifact_id)
+    receipt = inspect_file(path)
+    if as_json:
+        print_json(receipt.to_json())
+        return
+    total = size(receipt.layers[len(receipt.held) - 1].total_bytes)
+    typer.echo(f"{path}  {total}  {', '.join(map(str, receipt.held))} bits")
+
+
+def sign(
+    artifact: Artifact,
+    key: Annotated[Path, typer.Option(metavar="FILE", help="Private elliptic-curve key (PEM).")],
+    certificate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Certificate (PEM) of that key.")
+    ] = None,
+    chain: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Certificate between that and an authority; repeatable.",
+        ),
+    ] = None,
+    password_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Environment variable with the key's password."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign an artifact: writes FILE.layers.json and its signature."""
+    if chain and certificate is None:
+        raise typer.BadParameter("--chain leads from a certificate; give --certificate too.")
+    password = None
+    if password_env is not None and (password := os.environ.get(password_env)) is None:
+        raise typer.BadParameter(f"there is no environment variable {password_env}; set it.")
+    from plyweight.artifact import ArtifactReader, Sidecar, publish_atomically
+    from plyweight.delivery.signing import sign as sign_file
+    from plyweight.delivery.signing import signature_path
+
+    source, sidecar = _source(artifact), _sidecar(artifact)
+    header = ArtifactReader(source).header
+    is_split = not isinstance(source, str)
+    content = Sidecar.of(header, file=None if is_split else Path(artifact).name).emit()
+    # Both are made before either is published, so that a wrong key leaves nothing behind.
+    with tempfile.TemporaryDirectory() as place:
+        made = Path(place, sidecar.name)
+        made.write_bytes(content)
+        signature = sign_file(
+            made,
+            private_key=key,
+            password=password,
+            certificate=certificate,
+            certificate_chain=chain or (),
+        ).read_bytes()
+    for path, data in ((sidecar, content), (signature_path(sidecar), signature)):
+        with publish_atomically(path) as file:
+            file.write(data)
+    if as_json:
+        print_json(
+            {
+                "artifact_id": header.artifact_id,
+                "sidecar": str(sidecar),
+                "signature": str(signature_path(sidecar)),
+            }
+        )
+        return
+    typer.echo(f"{signature_path(sidecar)}  signs artifact sha256:{header.artifact_id}")
+
+
+# --- sources ------------------------------------------------------------------------------------
+
+
+def _source(artifact: str) -> "str | Source":
+    """The path of a file, or the parts of a split artifact as one source."""
+    folder = _split_folder(artifact)
+    if folder is None:
+        return artifact
+    from plyweight.artifact import SplitSource
+
+    return SplitSource(folder)
+
+
+def _sidecar(artifact: str) -> Path:
+    """Where the sidecar of that artifact is."""
+    folder = _split_folder(artifact)
+    return folder / "layers.json" if folder is not None else Path(f"{artifact}.layers.json")
+
+
+def _split_folder(artifact: str) -> Path | None:
+    """The folder of a split artifact, which may be named by its ``layers.json`` as well."""
+    path = Path(artifact)
+    if path.name == "layers.json":
+        return path.parent
+    return path if (path / "layers.json").is_file() else None
+
+
+def _refuse_same(artifact: str, path: Path) -> None:
+    if path.resolve() == Path(artifact).resolve():
+        raise OutputError(f"{path} is the artifact itself; give the other file another path.")
+
+
+def _verify_signature(
+    header: "Header", artifact: str, public_key: Path | None, authorities: Sequence[Path]
+) -> None:
+    """Check that the sidecar beside an artifact is signed, and speaks of it."""
+    from plyweight.delivery.signing import verify_signature
+
+    sidecar = _sidecar(artifact)
+    signed_id = verify_signature(sidecar, public_key=public_key, authorities=authorities)
+    if signed_id != header.artifact_id:
+        raise TrustError(
+            f"{sidecar} is signed, but it is of artifact {signed_id} and {artifact} is "
+            f"{header.artifact_id}; fetch both again from the same place."
+        )
+
+
+def _inspect_remote(
+    address: str, *, allow_http: bool, patience_s: float
+) -> "tuple[Receipt, Transfer]":
+    """What the artifact at a URL consists of; its first bytes are read until the header ends."""
+    from plyweight.artifact.receipt import receipt_of
+    from plyweight.delivery import fetch_header, open_remote
+
+    token = os.environ.get("PLYWEIGHT_TOKEN") or None
+    with closing(open_remote(address, token=token, allow_http=allow_http)) as source:
+        sized = _SizedSource(source)
+        header, transfer = fetch_header(sized, patience_s=patience_s)
+    total = header.file_bytes if sized.total_bytes is None else sized.total_bytes
+    held = [b for b in header.bit_widths if header.prefix_bytes(b) <= total]
+    return receipt_of(header, held), transfer
+
+
+class _SizedSource:
+    """A source that remembers how large its object is said to be; None while nobody has said it."""
+
+    def __init__(self, source: "RemoteSource") -> None:
+        self._source = source
+        self.total_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self._source.name
+
+    @contextmanager
+    def get(self, byte_range: "ByteRange", *, identity: str | None = None) -> "Iterator[Reply]":
+        with self._source.get(byte_range, identity=identity) as reply:
+            self.total_bytes = reply.total_bytes
+            yield reply
+
+    def close(self) -> None:
+        self._source.close()
