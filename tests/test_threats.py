@@ -18,8 +18,9 @@ def test_every_threat_has_its_row():
 @pytest.mark.parametrize("number", ROWS)
 def test_the_tests_that_a_row_names_exist(number):
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", ROWS[number].rpartition(" | ")[2])
+    assert "TODO" not in ROWS[number]
     if not named:
-        assert re.search(r"\| (TODO|later)$", ROWS[number])
+        assert ROWS[number].endswith("| later")
     for file, test in named:
         tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
         defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
