@@ -3,8 +3,8 @@
     model = plyweight.prepare(network, bit_widths=(2, 3, 4, 8))    quantized at every width
     objective = plyweight.JointObjective(model, criterion)         one run trains them all
     plyweight.pack(model, "network.layered.safetensors")           every width is a prefix
-    network = plyweight.load(path, network, bit_width=4)           as much as a device needs
-    plyweight.upgrade(network, path, bit_width=8)                  only what is missing
+    network = plyweight.load(url, network, bit_width=4)            as much as a device needs
+    plyweight.upgrade(network, url, bit_width=8)                   only what is missing
 
 Public names are looked up on first use (PEP 562), so that handling bytes never imports torch.
 """
@@ -32,18 +32,24 @@ __all__ = [
     "TransferError",
     "TruncatedError",
     "TrustError",
+    "TrustWarning",
     "VersionError",
     "at_bit_width",
     "bit_widths_of",
     "calibrate",
     "downgrade",
+    "evict",
+    "export",
+    "fetch",
     "inspect",
+    "lease",
     "load",
     "pack",
     "prepare",
     "recalibrate",
     "report",
     "set_bit_width",
+    "start_upgrade",
     "upgrade",
     "verify",
 ]
@@ -68,25 +74,32 @@ _HOMES = {
     "TransferError": "plyweight.errors",
     "TruncatedError": "plyweight.errors",
     "TrustError": "plyweight.errors",
+    "TrustWarning": "plyweight.errors",
     "VersionError": "plyweight.errors",
     "at_bit_width": "plyweight.nn.bit_width",
     "bit_widths_of": "plyweight.nn.bit_width",
     "calibrate": "plyweight.train.calibrate",
-    "downgrade": "plyweight.loading",
+    "downgrade": "plyweight.loading.verbs",
+    "evict": "plyweight.delivery.fetch",
+    "export": "plyweight.exporting",
+    "fetch": "plyweight.delivery.fetch",
     "inspect": "plyweight.artifact.receipt",
-    "load": "plyweight.loading",
+    "lease": "plyweight.nn.bit_width",
+    "load": "plyweight.loading.verbs",
     "pack": "plyweight.packing",
     "prepare": "plyweight.nn.swap",
     "recalibrate": "plyweight.train.batch_norm",
     "report": "plyweight.nn.report",
     "set_bit_width": "plyweight.nn.bit_width",
-    "upgrade": "plyweight.loading",
+    "start_upgrade": "plyweight.loading.verbs",
+    "upgrade": "plyweight.loading.verbs",
     "verify": "plyweight.artifact.reader",
 }
 
 if TYPE_CHECKING:
     from plyweight.artifact.reader import verify
     from plyweight.artifact.receipt import inspect
+    from plyweight.delivery.fetch import evict, fetch
     from plyweight.errors import (
         ArtifactError,
         BitWidthError,
@@ -105,10 +118,12 @@ if TYPE_CHECKING:
         TransferError,
         TruncatedError,
         TrustError,
+        TrustWarning,
         VersionError,
     )
-    from plyweight.loading import downgrade, load, upgrade
-    from plyweight.nn.bit_width import at_bit_width, bit_widths_of, set_bit_width
+    from plyweight.exporting import export
+    from plyweight.loading.verbs import downgrade, load, start_upgrade, upgrade
+    from plyweight.nn.bit_width import at_bit_width, bit_widths_of, lease, set_bit_width
     from plyweight.nn.report import Report, report
     from plyweight.nn.swap import prepare
     from plyweight.packing import pack

@@ -157,8 +157,8 @@ def open_source(path_or_source: str | os.PathLike[str] | Source) -> Source:
         path = os.fspath(path_or_source)
         if "://" in path:
             raise SourceError(
-                f"{path} is a URL, which this version does not support yet; "
-                "fetch the file by other means and give its path."
+                f"{path.partition('?')[0]} is a URL, and files are read here; plyweight.fetch and "
+                "plyweight.load take URLs."
             )
         return FileSource(path)
     if not isinstance(path_or_source, Source):

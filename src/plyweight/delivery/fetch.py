@@ -333,7 +333,9 @@ def _signed_id(
             (local, where, MAX_SIDECAR_BYTES),
             (signature, f"{where}.sig", MAX_SIGNATURE_BYTES),
         ):
-            with _opened(address, token=token, allow_http=allow_http) as small:
+            # The token is for the host of the artifact; another sidecar may be anywhere.
+            own = token if sidecar is None else None
+            with _opened(address, token=own, allow_http=allow_http) as small:
                 path.write_bytes(_read_small(small, most, patience_s))
         try:
             return verify_signature(

@@ -10,8 +10,8 @@ digest is wrong is asked for again, three times at most.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -86,7 +86,8 @@ class Puller:
             SourceError: If the source refuses, or ignores ranges and too much would be wasted.
             OutputError: If it cannot be written.
         """
-        self._pull_rest(self._gatherer(self._filling.missing), whole=False)
+        with self._last_report():
+            self._pull_rest(self._gatherer(self._filling.missing), whole=False)
 
     def pull_from(self, rest: memoryview, stream: Stream, close: Callable[[], None]) -> None:
         """The same, beginning with what comes with the header.
@@ -103,10 +104,11 @@ class Puller:
         """
         gatherer = self._begun[self._owner] = self._gatherer(self._filling.missing)
         whole = stream.ignores_range
-        if not whole or self._waste_of(stream, gatherer) <= self._max_waste_bytes:
-            self._take(rest, stream, gatherer)
-        close()
-        self._pull_rest(gatherer, whole=whole)
+        with self._last_report():
+            if not whole or self._waste_of(stream, gatherer) <= self._max_waste_bytes:
+                self._take(rest, stream, gatherer)
+            close()
+            self._pull_rest(gatherer, whole=whole)
 
     def _pull_rest(self, gatherer: Gatherer, *, whole: bool) -> None:
         """All that a gatherer has left; ``whole`` if the source ignores ranges."""
@@ -275,6 +277,16 @@ class Puller:
                 f"`max_waste_bytes={waste}`, or publish it on a server that knows ranges."
             )
 
+    @contextmanager
+    def _last_report(self) -> Iterator[None]:
+        """Where the block ends early, tell what stays: chunks that are begun do not."""
+        try:
+            yield
+        except BaseException:
+            self._begun.clear()
+            self._report(at_once=True)
+            raise
+
     def _report(self, *, at_once: bool = False) -> None:
         """Tell how far it is, at most ten times a second, in the thread that asked for it."""
         if self._progress is None or threading.get_ident() != self._owner:
@@ -288,7 +300,8 @@ class Puller:
         first = self._filling.first_missing
         self._progress(
             Progress(
-                bytes_done=max(0, total - self._filling.missing_bytes + begun_bytes),
+                # Other threads go on meanwhile: a chunk may be counted as begun and as written.
+                bytes_done=min(total, max(0, total - self._filling.missing_bytes + begun_bytes)),
                 bytes_total=total,
                 layer=self._header.layer_index(self._bit_width) if first is None else first.layer,
                 received_bytes=self._meter.read().received_bytes,
