@@ -507,7 +507,7 @@ def test_a_loaded_model_can_be_copied_and_its_copy_changes_alone(conv):
     ("arguments", "error"),
     [
         (("no such file", ConvNet()), SourceError),
-        (("https://example.org/net", ConvNet()), SourceError),
+        (("ftp://example.org/net", ConvNet()), SourceError),
     ],
 )
 def test_a_source_that_cannot_be_opened_is_refused(arguments, error):
