@@ -18,6 +18,7 @@ Accuracies are those of the loaded artifacts. What follows `--` goes to every ru
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -39,10 +40,15 @@ import cifar10
 import numpy as np
 import torch
 from cifar10_nets import NETS
+from cifar10_recipe import QuantizedRecipe
 
 from plyweight.artifact import publish_atomically
 
 BIT_WIDTHS = (2, 3, 4, 6, 8)
+# What of a recipe says how bit-widths share a run, and what calibration alone heeds.
+AMONG_BIT_WIDTHS = {"balance", "sampling", "num_random", "clip_weights"}
+AMONG_BIT_WIDTHS |= {"width_weights", "rates", "teacher_of"}
+OF_CALIBRATION = ("activations", "batch_size", "calibration_batches")
 KINDS = {"held_out": "held-out", "official": "official test"}
 
 
@@ -309,15 +315,26 @@ def check_alike(results: dict[Run, dict[str, Any]]) -> None:
     first: dict[str, tuple[Run, Any]] = {}
     for run, result in results.items():
         configuration = dict(result["configuration"])
-        part = "float recipe" if run.name == "float" else "recipe"
         facts = {k: v for k, v in configuration.items() if k not in own}
-        for name, fact in (facts | {part: configuration["recipe"]}).items():
+        for name, fact in (facts | recipe_in_effect(run, configuration["recipe"])).items():
             earlier, value = first.setdefault(name, (run, fact))
             if value != fact:
                 sys.exit(
                     f"{earlier} and {run} differ in {name} ({value} and {fact}), so they cannot "
                     "stand in one table; move the folder of one of them away and start again."
                 )
+
+
+def recipe_in_effect(run: Run, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What ``recipe`` says and ``run`` heeds, fields that an older one did not have included."""
+    if run.name == "float":
+        return {f"{field} of the float network": value for field, value in recipe.items()}
+    fields = {field.name: field.default for field in dataclasses.fields(QuantizedRecipe)}
+    values = {k: v for k, v in fields.items() if v is not dataclasses.MISSING} | recipe
+    if run.name == "calibrated":
+        return {field: values[field] for field in OF_CALIBRATION}
+    single = run.name.startswith("dedicated")
+    return {k: v for k, v in values.items() if not (single and k in AMONG_BIT_WIDTHS)}
 
 
 def percentages(right: dict[int, np.ndarray]) -> list[float]:

@@ -81,3 +81,40 @@ def test_differences_are_those_of_seeds_that_both_have(accuracy):
     first = {0: np.array([True, True]), 1: np.array([False, False])}
     second = {1: np.array([False, True]), 2: np.array([True, True])}
     assert accuracy.difference(first, second)[0] == -50
+
+
+def with_recipe(**changes):
+    """The results of a run whose recipe differs from a common one in ``changes`` (None: lacks)."""
+    recipe = {"epochs": 15, "learning_rate": 0.04, "batch_size": 128, "width_weights": {"2": 2.0}}
+    recipe = {name: value for name, value in (recipe | changes).items() if value is not None}
+    return {"configuration": {"net": "resnet8", "seed": 0, "recipe": recipe}}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("dedicated-2:0", {"width_weights": {"2": 1.0}, "sampling": "sandwich"}),
+        ("dedicated-2:0", {"width_weights": None}),  # made before there was such a field
+        ("calibrated:0", {"learning_rate": 0.1, "width_weights": None}),
+        ("layered:1", {"teacher": "none"}),  # which is what a recipe without the field says
+    ],
+)
+def test_runs_that_differ_in_what_they_do_not_heed_stand_in_one_table(accuracy, name, changes):
+    layered, run = accuracy.Run.parse("layered:0"), accuracy.Run.parse(name)
+    accuracy.check_alike({layered: with_recipe(), run: with_recipe(**changes)})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("layered:1", {"width_weights": {"2": 4.0}}, "width_weights"),
+        ("layered:1", {"sampling": "sandwich"}, "sampling"),
+        ("dedicated-2:0", {"learning_rate": 0.1}, "learning_rate"),
+        ("dedicated-2:0", {"teacher": "float"}, "teacher"),
+        ("calibrated:0", {"calibration_batches": 4}, "calibration_batches"),
+    ],
+)
+def test_runs_of_two_recipes_are_refused_by_name(accuracy, name, changes, named):
+    layered, run = accuracy.Run.parse("layered:0"), accuracy.Run.parse(name)
+    with pytest.raises(SystemExit, match=f"layered:0 and {name} differ in {named} "):
+        accuracy.check_alike({layered: with_recipe(), run: with_recipe(**changes)})
