@@ -9,8 +9,10 @@ ResNet-8, five epochs of once-QAT on 12,800 CIFAR-10 training images from one fl
 the weights, first and last module at 8 bits, bfloat16 autocast in training, batch norms measured
 again at the end; accuracy in float32 on 10,000 images that were not trained on. Each variant
 differs from "mean", which is plain training from the grids of `prepare`, in the one thing its name
-says; the recipes take what won together. Differences in brackets are to "mean", paired by seed. A
-run is kept as soon as it is over, and not repeated. What a step costs: benchmarks/training.py.
+says, the recipes in what they say; "example" is the recipe of examples/cifar10.py, and what is
+called "example-..." is that without one of its levers. Differences in brackets are to "mean", of
+the latter to "example", paired by seed. A run is kept as soon as it is over, and not repeated.
+What a step costs: benchmarks/training.py.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,6 +37,7 @@ import torch.nn.functional as F
 from cifar10_checkpoints import digest_of
 from cifar10_data import Cifar10
 from cifar10_nets import FIRST_AND_LAST, NETS
+from lever_variants import BIT_WIDTHS, VARIANTS, Variant
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -45,97 +48,10 @@ from plyweight.nn import at_bit_width
 from plyweight.quantizers import WeightQuantizer
 from plyweight.train import RateByBitWidth, damping_penalty, moment_penalty, parameter_groups
 
-BIT_WIDTHS = (2, 3, 4, 6, 8)
 NUM_TRAIN, EPOCHS, BATCH_SIZE = 12_800, 5, 128
-LEARNING_RATE, WEIGHT_DECAY = 0.04, 1e-4
+WEIGHT_DECAY = 1e-4
 CALIBRATION_BATCHES = 10
 EMA_DECAY = 0.99
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One change to the default; ``options`` go to ``JointObjective``."""
-
-    question: str
-    options: dict = field(default_factory=dict)
-    has_teacher: bool = False
-    decays_all: bool = False
-    batch_norm: str = "private"
-    is_calibrated: bool = False
-    learning_rate: float = LEARNING_RATE
-    learns_gains: bool = True
-    moments: float = 0.0
-    damping: float = 0.0
-    rates: dict[int, float] | None = None
-    clip_value: float | None = None
-
-
-VARIANTS = {
-    "mean": Variant("plain mean over the bit-widths, distillation, from prepare's grids"),
-    "weighted": Variant(
-        "weights 1 / 1.5 / 2 for >= 4 / 3 / 2 bits",
-        {"weights": {8: 1.0, 6: 1.0, 4: 1.0, 3: 1.5, 2: 2.0}},
-    ),
-    "mgda": Variant("MGDA on normalized gradients", {"balance": "mgda"}),
-    "upgrad": Variant("UPGrad", {"balance": "upgrad"}),
-    "labels": Variant("no distillation", {"distillation": None}),
-    "teacher": Variant("a float teacher for the widest", has_teacher=True),
-    "calibrated": Variant("training starts from plyweight.calibrate", is_calibrated=True),
-    "rate": Variant("learning rate 0.01 instead of 0.04", learning_rate=0.01),
-    "recipe": Variant(
-        "calibrated start, float teacher, learning rate 0.01",
-        has_teacher=True,
-        is_calibrated=True,
-        learning_rate=0.01,
-    ),
-    "recipe-0.02": Variant(
-        "calibrated start, float teacher, learning rate 0.02",
-        has_teacher=True,
-        is_calibrated=True,
-        learning_rate=0.02,
-    ),
-    "recipe-0.04": Variant(
-        "calibrated start, float teacher: that of the example", has_teacher=True, is_calibrated=True
-    ),
-    "recipe-rows": Variant(
-        "the same, own rows of every width at 5 times the rate",
-        has_teacher=True,
-        is_calibrated=True,
-        rates=dict.fromkeys(BIT_WIDTHS, 5.0),
-    ),
-    "recipe-sandwich": Variant(
-        "the same by the sandwich rule",
-        {"sampling": "sandwich"},
-        has_teacher=True,
-        is_calibrated=True,
-    ),
-    "recipe-direct": Variant(
-        "the same, the float network teaches every width",
-        {"teacher_of": "all"},
-        has_teacher=True,
-        is_calibrated=True,
-    ),
-    "recipe-weighted": Variant(
-        "the same, weights 1 / 1.5 / 2 for >= 4 / 3 / 2 bits",
-        {"weights": {8: 1.0, 6: 1.0, 4: 1.0, 3: 1.5, 2: 2.0}},
-        has_teacher=True,
-        is_calibrated=True,
-    ),
-    "recipe-0.08": Variant(
-        "calibrated start, float teacher, learning rate 0.08",
-        has_teacher=True,
-        is_calibrated=True,
-        learning_rate=0.08,
-    ),
-    "sandwich": Variant("widest, narrowest, one between", {"sampling": "sandwich"}),
-    "gains": Variant("gains as they start, not learned", learns_gains=False),
-    "decay": Variant("weight decay on scales, norms and biases too", decays_all=True),
-    "shared": Variant("one batch norm for all, moment-matched gains", batch_norm="shared"),
-    "moments": Variant("kurtosis to 1.8, skewness to 0 (x 0.01)", moments=0.01),
-    "damping": Variant("oscillation damping at 2 bits (x 0.1), last fifth", damping=0.1),
-    "rates": Variant("own rows of 3 and 2 bits at 0.5 and 0.25", rates={3: 0.5, 2: 0.25}),
-    "clipping": Variant("gradient values clipped at 1", clip_value=1.0),
-}
 
 
 @dataclass(frozen=True)
@@ -199,7 +115,11 @@ def run(name: str, seed: int, float_net: nn.Module, data: Cifar10) -> Result:
     pinned = dict.fromkeys(FIRST_AND_LAST, 8)
     model = plyweight.prepare(float_net, BIT_WIDTHS, pinned=pinned, batch_norm=variant.batch_norm)
     if variant.is_calibrated:
-        plyweight.calibrate(model, [data.batch(i, BATCH_SIZE, seed=seed) for i in range(4)])
+        plyweight.calibrate(
+            model,
+            [data.batch(i, BATCH_SIZE, seed=seed) for i in range(4)],
+            weights=variant.clip_weights,
+        )
     model.train()
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     if not variant.learns_gains:
@@ -223,7 +143,8 @@ def run(name: str, seed: int, float_net: nn.Module, data: Cifar10) -> Result:
         weight_decay=WEIGHT_DECAY,
     )
     if variant.rates:
-        RateByBitWidth(optimizer, model, variant.rates)
+        own = {b: 1 / weight for b, weight in objective.weights.items()}
+        RateByBitWidth(optimizer, model, own if variant.rates == "inverse" else variant.rates)
     num_steps = EPOCHS * data.steps_per_epoch(BATCH_SIZE)
     seconds = []
     for step in range(num_steps):
@@ -360,8 +281,7 @@ def with_integer_widths(result: Result) -> Result:
 
 
 def as_markdown(by_variant: dict[str, list[Result]]) -> str:
-    """Mean accuracies; differences to the default are paired by seed, with their range."""
-    default = {result.seed: result for result in by_variant["mean"]}
+    """Mean accuracies; differences to the base of each are paired by seed, with their range."""
     widths = sorted(BIT_WIDTHS, reverse=True)
     lines = [
         f"Float network: {by_variant['mean'][0].float_accuracy:.2f} %.",
@@ -376,21 +296,20 @@ def as_markdown(by_variant: dict[str, list[Result]]) -> str:
     ema = f"EMA of the weights ({EMA_DECAY})"
     rows.append(("average", ema, "averaged", by_variant["mean"]))
     for name, question, what, results in rows:
-        cells = []
-        for b in widths:
-            mean = statistics.mean(getattr(r, what)[b] for r in results)
-            deltas = [
-                getattr(r, what)[b] - default[r.seed].accuracy[b]
-                for r in results
-                if r.seed in default
-            ]
-            delta = "" if results is by_variant["mean"] and what == "accuracy" else signed(deltas)
-            cells.append(f"{mean:.2f}{delta}")
-        per_seed = [
-            statistics.mean(getattr(r, what)[b] - default[r.seed].accuracy[b] for b in widths)
-            for r in results
-            if r.seed in default
+        base = VARIANTS[name].base if name in VARIANTS else "mean"
+        to = {result.seed: result.accuracy for result in by_variant.get(base, [])}
+        # By bit-width, the difference of each seed that both have.
+        deltas = {
+            b: [getattr(r, what)[b] - to[r.seed][b] for r in results if r.seed in to]
+            for b in widths
+        }
+        means = [statistics.mean(getattr(r, what)[b] for r in results) for b in widths]
+        is_base = results is by_variant.get(base) and what == "accuracy"
+        cells = [
+            f"{mean:.2f}{'' if is_base else signed(deltas[b])}"
+            for b, mean in zip(widths, means, strict=True)
         ]
+        per_seed = [statistics.mean(of_seed) for of_seed in zip(*deltas.values(), strict=True)]
         overall = "-"
         if per_seed:
             low, high = min(per_seed), max(per_seed)
