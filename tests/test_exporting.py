@@ -60,6 +60,17 @@ def test_the_file_says_which_bit_width_of_which_artifact_it_is(tmp_path):
         assert file.get_tensor("conv1.weight").dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_same_artifact_and_bit_width_give_the_same_bytes(tmp_path, dtype):
+    path, exported = tmp_path / "net.layered.safetensors", tmp_path / "net.safetensors"
+    pack(trained(ConvNet()), path)
+    seen = set()
+    for _ in range(8):  # three entries of metadata in any order: equal eight times once in 300,000
+        export(path, exported, bit_width=3, dtype=dtype)
+        seen.add(exported.read_bytes())
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -4,6 +4,7 @@ What is exported are values, computed once: the file knows nothing of layers any
 bit-width but its own.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -40,7 +41,7 @@ def export(
     to: Literal["safetensors"] = "safetensors",
     dtype: Literal["float32", "float16"] = "float32",
 ) -> int:
-    """Write the weights of one bit-width as a plain state dict.
+    """Write the weights of one bit-width as a plain state dict: same artifact, same bytes.
 
     Layered weights become ``level * scale * gain``, exactly the values that :func:`plyweight.load`
     computes with; biases, norms and buffers are those of that bit-width. Names are those of the
@@ -92,9 +93,26 @@ def export(
         "plyweight.artifact": reader.header.artifact_id,
         "plyweight.bit_width": str(target),
     }
+    head, data = _in_order(serialize(tensors, metadata))
     with publish_atomically(path) as file:
-        file.write(serialize(tensors, metadata))
+        file.write(head)
+        file.write(data)
     return target
+
+
+def _in_order(file: bytes) -> tuple[bytes, memoryview]:
+    """The header of a safetensors file with its metadata sorted, and the data after it.
+
+    safetensors keeps metadata in a hash map that is seeded anew for each file, so that the same
+    content is in another order each time; tensors it sorts itself.
+    """
+    view = memoryview(file)
+    data_start = 8 + int.from_bytes(view[:8], "little")
+    table = json.loads(bytes(view[8:data_start]))
+    table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned, as safetensors has it
+    return len(text).to_bytes(8, "little") + text, view[data_start:]
 
 
 def _values(
