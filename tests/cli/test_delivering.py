@@ -411,6 +411,7 @@ def test_the_cache_is_listed_and_evicted_by_address_or_id(capsys, data, tmp_path
 def test_evict_refuses_what_was_never_fetched(capsys, data):
     assert_one_sentence(run(capsys, "evict", "http://127.0.0.1:9/x"), "was never fetched")
     assert_one_sentence(run(capsys, "evict", "resnet"), "64 hexadecimal digits")
+    assert_one_sentence(run(capsys, "evict", "0" * 64), "0" * 64, "holds nothing", "cached")
     assert_called_wrongly(run(capsys, "evict", "resnet", "--keep", 9), "--keep")
     with hostile(data) as server:
         run(capsys, "fetch", server.url)

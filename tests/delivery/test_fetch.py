@@ -248,6 +248,33 @@ def test_evicting_frees_the_layers_above_or_all(data):
             evict("https://elsewhere.example/net")
 
 
+def test_evicting_an_artifact_that_the_cache_does_not_know_is_an_error_that_says_what_is_there(
+    data,
+):
+    header, unknown = Header.parse(data), "0" * 64
+    with pytest.raises(SourceError, match=rf"artifact {unknown} .* holds nothing; give"):
+        evict(unknown)
+    with hostile(data) as server:
+        fetch(server.url, artifact_id=header.artifact_id)
+    with pytest.raises(SourceError, match=rf"holds tiny \({header.artifact_id[:12]}\); give"):
+        evict(unknown, keep_bit_width=2)
+    assert evict(header.artifact_id, keep_bit_width=2) > 0
+    assert evict(header.artifact_id, keep_bit_width=2) == 0
+
+
+def test_an_artifact_is_known_as_long_as_a_name_stands_for_it(data, tmp_path):
+    path, artifact_id = tmp_path / "net", id_of(data)
+    path.write_bytes(data)
+    fetch(path)  # a path is not remembered, so that nothing is left of it in the end
+    assert evict(artifact_id) > 0
+    with pytest.raises(SourceError, match="holds nothing"):
+        evict(artifact_id)
+    with hostile(data) as server:
+        fetch(server.url, artifact_id=artifact_id)
+        assert evict(server.url) > 0
+        assert evict(server.url) == evict(artifact_id) == 0
+
+
 @pytest.mark.parametrize(
     ("address", "expected"),
     [("https://a/b", True), ("hf://a/b/c", True), ("net.safetensors", False), ("C:/net", False)],

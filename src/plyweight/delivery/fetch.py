@@ -44,6 +44,7 @@ from plyweight.errors import (
     TransferError,
     TrustError,
     TrustWarning,
+    listed,
 )
 
 __all__ = ["FetchOptions", "Fetched", "evict", "fetch", "fetch_header", "is_remote"]
@@ -242,7 +243,8 @@ def evict(
 ) -> int:
     """Delete from the cache what it holds of an artifact; bytes that were freed.
 
-    Models that were loaded keep what they hold. What the address was trusted for is remembered.
+    Models that were loaded keep what they hold. What the address was trusted for is remembered, so
+    that evicting it once more frees 0 bytes and is no error.
 
     Args:
         address: a URL it was fetched from, or the artifact's id.
@@ -250,7 +252,7 @@ def evict(
         cache: a folder or ``Cache``; None for the one of this user.
 
     Raises:
-        SourceError: If the cache knows nothing under that address.
+        SourceError: If the cache knows nothing under that address or id.
         BitWidthError: If the artifact has no such bit-width.
     """
     kept_in = cache if isinstance(cache, Cache) else Cache(cache)
@@ -264,6 +266,13 @@ def evict(
                 "fetched from, or the artifact's id."
             )
         artifact_id = ref.artifact_id
+    elif kept_in.raw_header(address) is None and not kept_in.refs.knows(address):
+        held = [f"{entry.model} ({entry.artifact_id[:12]})" for entry in kept_in.artifacts()]
+        raise SourceError(
+            f"artifact {address} was asked for, but {kept_in.folder} holds {listed(held)}; give "
+            "the id of what it holds (`plyweight cached` shows it), or the address it was fetched "
+            "from."
+        )
     return kept_in.evict(artifact_id, keep_bit_width=keep_bit_width)
 
 

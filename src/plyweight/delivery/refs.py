@@ -6,6 +6,7 @@ A name once trusted stands for that artifact until it is asked for anew, and the
 older revision: a server that shows yesterday's model, whose flaws are known, is refused.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -20,6 +21,7 @@ from plyweight.errors import SourceError, TrustError
 __all__ = ["Ref", "Refs", "check_digest", "is_digest"]
 
 MAX_REF_BYTES = 2**16
+DAMAGE = (SourceError, ValueError, KeyError, TypeError, RecursionError)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -56,22 +58,22 @@ class Refs:
         """
         path = self._path(name)
         try:
-            fields = json.loads(read_private(path, most_bytes=MAX_REF_BYTES))
-            ref = Ref(
-                name=str(fields["name"]),
-                artifact_id=check_digest(fields["artifact_id"]),
-                model=str(fields["model"]),
-                revision=int(fields["revision"]),
-                identity=None if fields["identity"] is None else str(fields["identity"]),
-            )
+            return _read(path)
         except FileNotFoundError:
             return None
-        except (SourceError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except DAMAGE as error:
             raise TrustError(
                 f"the note of what {name} was trusted for is damaged ({error}); delete {path} to "
                 "trust whatever is there now."
             ) from error
-        return ref
+
+    def knows(self, artifact_id: str) -> bool:
+        """Whether some name stands for that artifact."""
+        for path in self._folder.glob("*"):
+            with contextlib.suppress(FileNotFoundError, *DAMAGE):
+                if _read(path).artifact_id == artifact_id:
+                    return True
+        return False
 
     def put(self, ref: Ref) -> None:
         """Note what a name stands for.
@@ -86,6 +88,17 @@ class Refs:
 
     def _path(self, name: str) -> Path:
         return self._folder / hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _read(path: Path) -> Ref:
+    fields = json.loads(read_private(path, most_bytes=MAX_REF_BYTES))
+    return Ref(
+        name=str(fields["name"]),
+        artifact_id=check_digest(fields["artifact_id"]),
+        model=str(fields["model"]),
+        revision=int(fields["revision"]),
+        identity=None if fields["identity"] is None else str(fields["identity"]),
+    )
 
 
 def is_digest(value: object) -> TypeGuard[str]:
