@@ -91,7 +91,7 @@ QUANTIZED = QuantizedRecipe(
     start="calibrated",
     clip_weights={2: 8.0, 3: 2.0},
     # 8, 6 and 4 bits pull the weights alike, and together far more than 2 bits can.
-    width_weights={2: 2.0, 6: 0.5, 4: 0.5},
+    width_weights={2: 4.0, 3: 1.5},
     rates="inverse",
     teacher="float",
     teacher_of="all",
