@@ -173,10 +173,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def raw_server(reply):
     """The URL of a server that sends the same bytes to everybody who asks, and hangs up."""
     listener, closing = socket.create_server(("127.0.0.1", 0)), threading.Event()
+    connections = []
 
     def serve():
         while True:
             connection, _ = listener.accept()
+            connections.append(connection)
             with connection, contextlib.suppress(OSError):
                 if closing.is_set():
                     return
@@ -192,6 +194,9 @@ def raw_server(reply):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/raw"
     finally:
         closing.set()
+        for connection in connections:  # a client may keep its end open for the next request
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         socket.create_connection(listener.getsockname()).close()
         thread.join()
         listener.close()
