@@ -9,6 +9,7 @@ import math
 from delivery.local import PIECE, Handler, LocalServer
 
 NAME = "model.layered.safetensors"
+HEAD_BYTES = 1000  # of a head that comes slowly: at least ten seconds
 ENDLESS = 10 * 2**30  # what an endless body would send if nobody hung up
 
 
@@ -146,6 +147,20 @@ class _Hostile(Handler):
             self.pause(0.01)
             self.send(bytes([byte]))
 
+    def drip_head(self):
+        body, headers = self.cut_out()
+        self.close_connection = True
+        self.send_response(206)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("X-Slow", "x" * HEAD_BYTES)
+        head, self._headers_buffer = b"".join(self._headers_buffer), []
+        for byte in head:
+            self.pause(0.01)
+            self.wfile.write(bytes([byte]))
+        self.wfile.write(b"\r\n")
+        self.send(body)
+
     def stall(self):
         self.pause(3600)
 
@@ -179,6 +194,7 @@ MODES = {
     "redirect-to-metadata": "redirect_to_metadata",  # 302 to 169.254.169.254
     "signed": "signed",  # 302 to a URL that is good for `after` replies, then 403
     "drip": "drip",  # a byte every 10 ms
+    "drip-head": "drip_head",  # ... already of the head
     "stall": "stall",  # no reply at all, and the connection stays open
     "stall-body": "stall_body",  # half the body, then nothing
 }

@@ -772,6 +772,7 @@ FOR_EVER = {  # what comes of a fault that never goes away; None: all is well al
     "gzip-bomb": TransferError,
     "redirect-loop": SourceError,
     "redirect-to-metadata": SourceError,
+    "drip-head": TransferError,
     "stall": TransferError,
     "stall-body": TransferError,
 }
@@ -779,13 +780,15 @@ FOR_EVER = {  # what comes of a fault that never goes away; None: all is well al
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """HTTP that waits 0.15 s for a byte, and a client that waits 0.5 s."""
+    """HTTP that waits 0.15 s for a byte and 1 s for a head, and a client that waits 0.5 s."""
     from plyweight.delivery.http import HttpSource
 
     def get(source, into, bit_width=4, **options):
         return fetch(source, into, bit_width, **{"deadline_s": 0.5} | options)
 
-    get.source = lambda url: HttpSource(url, connect_timeout_s=1.0, read_timeout_s=0.15)
+    get.source = lambda url: HttpSource(
+        url, connect_timeout_s=1.0, read_timeout_s=0.15, head_timeout_s=1.0
+    )
     return get
 
 

@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -186,6 +187,35 @@ def test_a_server_that_falls_silent_is_not_waited_for(open_source, mode):
         source = open_source(server.url, read_timeout_s=0.2)
         with pytest.raises(TransferError, match=r"did not answer in time|stopped sending"):
             read(source)
+
+
+def test_a_head_that_comes_byte_by_byte_is_not_waited_for(open_source):
+    with hostile(DATA, "drip-head", times=1) as server:
+        source = open_source(server.url, head_timeout_s=0.5)
+        started = time.monotonic()
+        with pytest.raises(TransferError, match="did not answer in time"):
+            read(source)
+        assert time.monotonic() - started < 5  # the head takes ten seconds
+        assert read(source) == (RANGE, SLICE)
+        source.close()
+        left = [thread for thread in threading.enumerate() if thread.name == "send"]
+        for thread in left:
+            thread.join(5)
+        assert not any(thread.is_alive() for thread in left)
+
+
+def test_a_reply_that_comes_too_late_is_closed(open_source):
+    late = threading.Event()
+    with hostile(DATA, before=lambda _: late.wait(30), times=0) as server:
+        source = open_source(server.url, head_timeout_s=0.3)
+        with pytest.raises(TransferError, match="did not answer in time"):
+            read(source)
+        late.set()
+        for thread in threading.enumerate():
+            if thread.name == "send":
+                thread.join(30)
+        gc.collect()  # an open socket would be a ResourceWarning, which is an error here
+        assert read(source) == (RANGE, SLICE)
 
 
 def test_gzip_is_never_offered(open_source):

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from plyweight.artifact import ByteRange
 from plyweight.delivery.hosts import Kind, is_proxied, kind_of, kinds_of, says_loopback
 from plyweight.delivery.replies import Question
+from plyweight.delivery.sending import send
 from plyweight.delivery.source import Reply
 from plyweight.errors import SourceError, TransferError
 
@@ -59,6 +60,7 @@ class HttpSource:
         name: what messages call it; the URL by default.
         connect_timeout_s: for the connection to be made.
         read_timeout_s: for the next byte to come.
+        head_timeout_s: for a reply to begin: for the connection and all of the head.
 
     Raises:
         SourceError: If the address may not be used.
@@ -73,10 +75,11 @@ class HttpSource:
         name: str | None = None,
         connect_timeout_s: float = 10.0,
         read_timeout_s: float = 30.0,
+        head_timeout_s: float = 60.0,  # a slow connection, and a slow first byte after it
     ) -> None:
         self._url, userinfo = _parse(url)
         self._name = name or f"{_site(self._url)}{self._url.path}"
-        self._allow_http = allow_http
+        self._allow_http, self._head_timeout_s = allow_http, head_timeout_s
         self._authorization = _authorization(self._name, token, userinfo)
         if not self._may_be_plain(self._url):
             raise SourceError(
@@ -160,8 +163,8 @@ class HttpSource:
             headers = headers | {"Authorization": self._authorization}
         request = self._client.build_request("GET", url, headers=headers)
         try:
-            response = self._client.send(request, stream=True)
-        except httpx2.TimeoutException as error:
+            response = send(self._client, request, within_s=self._head_timeout_s)
+        except (httpx2.TimeoutException, TimeoutError) as error:
             raise TransferError(f"{self._at(url)} did not answer in time; try again.") from error
         except httpx2.TransportError as error:
             if reason := _certificate_error(error):
