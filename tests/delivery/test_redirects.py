@@ -1,7 +1,10 @@
 """HTTP: a redirect leads nowhere it should not, and secrets go to nobody else."""
 
+import logging
+import re
 import socket
 
+import httpx2
 import numpy as np
 import pytest
 from delivery.servers import NAME, certificate, environment, head_of, hostile, raw_server
@@ -330,3 +333,26 @@ def test_secrets_are_in_no_name_and_in_no_message(open_source):
         messages.append(str(caught.value))
     for message in messages:
         assert not any(secret in message for secret in secrets), message
+
+
+def test_secrets_are_in_no_line_that_is_logged(open_source, caplog):
+    caplog.set_level(logging.DEBUG)
+    with hostile(DATA, "signed", after=9) as server:
+        read(open_source(f"{server.url}?X-Amz-Signature=secret0", token="secret"))
+    to = "/hidden?X-Amz-Signature=secret"
+    with hostile(DATA) as cdn, hostile(DATA, "redirect", to=cdn.base + to) as server:
+        read(open_source(server.url))
+    lines = [record.getMessage() for record in caplog.records]
+    assert not any("secret" in line for line in lines)
+    told = [line for line in lines if line.startswith("HTTP Request: GET http://127.0.0.1:")]
+    ends = [re.sub(r"^.*:[0-9]+", "", line.partition(' "')[0]) for line in told]
+    assert ends == [f"/{NAME}", "/signed", f"/{NAME}", "/..."]
+
+
+def test_what_others_ask_by_httpx2_is_logged_as_it_is(open_source, caplog):
+    caplog.set_level(logging.INFO)
+    with hostile(DATA) as server:
+        read(open_source(server.url))
+        with httpx2.Client() as client:
+            client.get(f"{server.url}?page=7")
+    assert [("page=7" in record.getMessage()) for record in caplog.records] == [False, True]

@@ -54,7 +54,7 @@ class HttpSource:
 
     Args:
         url: with ``user:password@`` if the server wants them. They and the query, which may hold
-            a signature, are left out of ``name`` and of every message.
+            a signature, are left out of ``name``, of every message and of what httpx2 logs.
         token: sent as a bearer token to the host of ``url`` and to no other.
         allow_http: allow ``http://`` to hosts other than this machine.
         name: what messages call it; the URL by default.
@@ -162,8 +162,15 @@ class HttpSource:
         if self._authorization and _is_same_host(self._url, url):
             headers = headers | {"Authorization": self._authorization}
         request = self._client.build_request("GET", url, headers=headers)
+        is_home = _is_same_host(self._url, url)
+        path = url.raw_path.partition(b"?")[0].decode("ascii") if is_home else "/..."
         try:
-            response = send(self._client, request, within_s=self._head_timeout_s)
+            response = send(
+                self._client,
+                request,
+                shown=f"{_site(url)}{path}",
+                within_s=self._head_timeout_s,
+            )
         except (httpx2.TimeoutException, TimeoutError) as error:
             raise TransferError(f"{self._at(url)} did not answer in time; try again.") from error
         except httpx2.TransportError as error:
