@@ -2,10 +2,14 @@
 
     python killed.py points DATA FOLDER KIND SEED COUNT     each is killed at one step, then resumed
     python killed.py together DATA FOLDER KIND ROUNDS       four at once, without working locks
+    python killed.py orders DATA                            one for each line of JSON on stdin
 
 A step is a system call that changes the disk, or a piece of the body that arrives. A client is
 killed before a step, after it, or, where it writes bytes, in the middle. Prints one JSON object for
 each client: what was sent twice, and what is wrong; nothing of the parent's memory is relied on.
+
+An order is {"address", "folder", "kind", "request_bytes", "env"}; after it comes "kill" or "wait",
+and the exit status is printed. A client that was not killed leaves FOLDER.json behind.
 """
 
 import fcntl
@@ -17,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from delivery.fakes import CHUNK, FakeSource, fetch, files_in, prefix, read_all
@@ -24,6 +29,7 @@ from delivery.fakes import CHUNK, FakeSource, fetch, files_in, prefix, read_all
 from plyweight.artifact import Header
 from plyweight.delivery import chunks, opening, retry
 from plyweight.delivery.cache import Cache
+from plyweight.delivery.source import open_remote
 from plyweight.delivery.standing import StandingFile
 
 FIRST = 32 * 2**10
@@ -189,13 +195,42 @@ def together(data, header, folder, kind, rounds):
         shutil.rmtree(run)
 
 
+def orders(data, header):
+    import httpx2  # noqa: F401 (once, before the forks)
+    import obstore  # noqa: F401
+
+    while line := sys.stdin.readline():
+        order = json.loads(line)
+        child = forked(lambda order=order: obey(data, header, order))
+        if sys.stdin.readline() == "kill\n":
+            os.kill(child, signal.SIGKILL)  # nobody else has its number before it was waited for
+        print(wait(child), flush=True)
+
+
+def obey(data, header, order):
+    """A client of a real server."""
+    os.environ.update(order["env"])
+    chunks.REQUEST_BYTES, retry.FIRST_S = order["request_bytes"], 0.01
+    folder = Path(order["folder"])
+    into, refs = destination(folder, order["kind"])
+    source = open_remote(order["address"])
+    got = fetch(source, into, refs=refs, parallel=PARALLEL)
+    got.artifact.close()
+    outcome = asdict(got.transfer) | {"wrong": wrong(data, header, folder, order["kind"])}
+    folder.with_suffix(".json").write_text(json.dumps(outcome))
+
+
 def report(**fields):
     print(json.dumps(fields), flush=True)
 
 
 if __name__ == "__main__":
-    what, path, folder, kind, *numbers = sys.argv[1:]
+    what, path, *arguments = sys.argv[1:]
     data = Path(path).read_bytes()
-    {"points": points, "together": together}[what](
-        data, Header.parse(data), Path(folder), kind, *map(int, numbers)
-    )
+    header = Header.parse(data)
+    if what == "orders":
+        orders(data, header)
+    else:
+        folder, kind, *numbers = arguments
+        run = {"points": points, "together": together}[what]
+        run(data, header, Path(folder), kind, *map(int, numbers))

@@ -121,7 +121,7 @@ class Nginx:
             http {{
                 access_log off; sendfile on; {temporary}
                 default_type application/octet-stream;
-                {packing} {f"limit_rate {rate};" if rate else ""}
+                {packing} {f"limit_rate {rate}; sendfile_max_chunk 8k;" if rate else ""}
                 server {{ listen 127.0.0.1:{self.port}; root "{folder}"; }}
             }}""")
         self._command = [program, "-p", os.fspath(home), "-c", f"{home}/nginx.conf"]

@@ -1,30 +1,27 @@
-"""Clients and servers that die at any point: what was verified stays, and it goes on from there."""
+"""Clients that die at any step: what was verified stays, and it goes on from there."""
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
+from delivery.clients import ENVIRONMENT
 from delivery.fakes import CHUNK, artifact, fetch, files_in, read_all
 from delivery.local import Handler, LocalServer
-from delivery.servers import hostile, nginx
+from delivery.relay import relay
+from delivery.servers import NAME, hostile
 
 from plyweight.artifact import Header, LayeredWeight, ModelInfo
 from plyweight.artifact.layout import Alignment, ByteRange
 from plyweight.artifact.records import Layer, TensorEntry
 from plyweight.delivery import opening
 from plyweight.delivery.cache import Cache
-from plyweight.delivery.client import download
 from plyweight.delivery.source import open_remote
 
 FIRST = 32 * 2**10
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +75,7 @@ def test_four_processes_without_working_locks_make_one_right_file(tiny, tmp_path
     assert reports == [{"status": [0] * 4, "wrong": ""}] * 3
 
 
-# --- over a real connection ---
+# --- Ctrl-C ---
 
 CLIENT = """
 import sys
@@ -94,77 +91,28 @@ fetch(source, Cache(sys.argv[2]), artifact_id=sys.argv[3])
 """
 
 
-def started(server, folder, header):
-    command = [sys.executable, "-c", CLIENT, server.url, folder, header.artifact_id]
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-
-
-def until_sent(server, num_bytes, process):
-    while server.sent < num_bytes and process.poll() is None:
-        time.sleep(0.001)
-
-
-@pytest.mark.parametrize(
-    "count", [2, pytest.param(20, marks=pytest.mark.slow)], ids=["few", "many"]
-)
-def test_a_client_of_a_server_is_killed_and_sent_little_twice(
-    tiny, tmp_path, small_and_quick, count
-):  # row_17
-    data, header, _ = tiny
-    for number in range(count):
-        cache = Cache(tmp_path / str(number))
-        with hostile(data, pace_s=0.005) as server:
-            with started(server, cache.folder, header) as process:
-                until_sent(server, random.randrange(len(data)), process)
-                process.kill()
-            server.options.pace_s = 0
-            source = open_remote(server.url)
-            got = fetch(source, cache)
-            source.close()
-        assert read_all(got.artifact) == data
-        assert server.sent <= len(data) + 4 * CHUNK + FIRST
-        got.artifact.close()
-
-
 def test_ctrl_c_ends_a_client_in_a_state_to_go_on_from(tiny, tmp_path, small_and_quick):
     data, header, _ = tiny
     cache = Cache(tmp_path / "cache")
-    with hostile(data, pace_s=0.01) as server:
-        with started(server, cache.folder, header) as process:
-            until_sent(server, 3 * CHUNK, process)
+    with hostile(data) as server, relay(server.port) as between:
+        address = f"{between.url}/{NAME}"
+        between.hold_after(3 * CHUNK)
+        command = [sys.executable, "-c", CLIENT, address, cache.folder, header.artifact_id]
+        with subprocess.Popen(
+            command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        ) as process:
+            between.wait_until_held()
             process.send_signal(signal.SIGINT)
             _, error = process.communicate(timeout=60)
         assert error.rstrip().endswith("KeyboardInterrupt")
         assert process.returncode == -signal.SIGINT
-        sent, server.options.pace_s = server.sent, 0
-        assert sent < len(data)
-        source = open_remote(server.url)
+        between.hang_up()
+        between.release()
+        source = open_remote(address)
         got = fetch(source, cache)
         source.close()
     assert read_all(got.artifact) == data
-    assert server.sent <= len(data) + 4 * CHUNK + FIRST
-
-
-def test_nginx_is_killed_meanwhile_and_started_again(
-    tiny, tmp_path, small_and_quick, monkeypatch
-):  # row_17
-    monkeypatch.setattr("plyweight.delivery.retry.FIRST_S", 0.05)
-    data, _, path = tiny
-    with nginx(path.parent) as server:
-        source = open_remote(f"{server.url}/{path.name}")
-        revived = threading.Timer(0.3, server.restart)
-
-        def kill(header):
-            server.kill()
-            revived.start()
-            return 4
-
-        got = download(source, choose=kill, into=Cache(tmp_path / "cache"), deadline_s=60.0)
-        source.close()
-        revived.join()
-    assert read_all(got.artifact) == data
-    assert got.transfer.retries >= 1
-    assert got.transfer.received_bytes == len(data)  # each reply went on where it had broken off
+    assert between.sent <= len(data) + 4 * CHUNK + FIRST
 
 
 # --- how much memory it takes ---

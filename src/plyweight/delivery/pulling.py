@@ -1,6 +1,7 @@
 """Pulling: missing chunks over the wire, several requests at a time, until all are there.
 
-    ranges work       threads take runs of chunks from a queue, base layer first
+    ranges work       threads take runs of chunks from a queue, base layer first; one goes ahead
+                      until a reply has shown that they do
     ranges ignored    one reply is read from byte 0, and what is here already is dropped
 
 Either way a failed request is made again from the byte where it broke off, and a chunk whose
@@ -73,6 +74,9 @@ class Puller:
         self._begun: dict[int, Gatherer] = {}  # by the thread that fills it
         self._streamed_waste = 0
         self._reported_s = 0.0
+        # Until it is set one thread asks alone: what a server without ranges has sent already when
+        # it is hung up on is lost, once for each thread.
+        self._ranges_work = threading.Event()
         self._owner = threading.get_ident()
         self._never = threading.Event()  # nobody stops the thread that asked for it
 
@@ -104,6 +108,8 @@ class Puller:
         """
         gatherer = self._begun[self._owner] = self._gatherer(self._filling.missing)
         whole = stream.ignores_range
+        if not whole:
+            self._ranges_work.set()
         with self._last_report():
             if not whole or self._waste_of(stream, gatherer) <= self._max_waste_bytes:
                 self._take(rest, stream, gatherer)
@@ -165,12 +171,14 @@ class Puller:
                 with ask(
                     self._source, gatherer.wanted, identity=self._identity, meter=self._meter
                 ) as stream:
-                    if stream.ignores_range and not whole:
+                    if not stream.ignores_range:
+                        self._ranges_work.set()
+                    elif not whole:
                         ignored += 1
                         if ignored == MAX_IGNORED:
                             raise _IgnoredError
                         raise TransferError(f"{self._source.name} sent more than was asked for.")
-                    if stream.ignores_range:
+                    else:
                         self._require_little_waste(stream, gatherer)
                     self._read(stream, gatherer, stop)
             except TransferError as error:
@@ -197,8 +205,10 @@ class Puller:
         ended: SimpleQueue[BaseException | None] = SimpleQueue()
         stop = threading.Event()
         threads = [
-            threading.Thread(target=self._work, args=(jobs, ended, stop), name="fetch", daemon=True)
-            for _ in range(count)
+            threading.Thread(
+                target=self._work, args=(jobs, ended, stop, number == 0), name="fetch", daemon=True
+            )
+            for number in range(count)
         ]
         try:
             for thread in threads:
@@ -206,6 +216,7 @@ class Puller:
             errors = [error for _ in threads if (error := self._await(ended)) is not None]
         finally:
             stop.set()
+            self._ranges_work.set()  # so that nobody waits for it any more
             until_s = time.monotonic() + GRACE_S
             for thread in threads:
                 if thread.ident is not None:
@@ -223,10 +234,13 @@ class Puller:
         jobs: "SimpleQueue[Callable[[], Gatherer]]",
         ended: "SimpleQueue[BaseException | None]",
         stop: threading.Event,
+        is_first: bool,
     ) -> None:
         """One thread: take a run after the other until there is none."""
         outcome: BaseException | None = None
         try:
+            if not is_first:
+                self._ranges_work.wait()
             while not stop.is_set():
                 self._pull(jobs.get_nowait()(), stop, whole=False)
         except (Empty, _StoppedError):
@@ -235,6 +249,7 @@ class Puller:
             outcome = error
             stop.set()
         finally:
+            self._ranges_work.set()  # or nobody is left to show it
             ended.put(outcome)
 
     def _await(self, ended: "SimpleQueue[BaseException | None]") -> BaseException | None:
