@@ -232,6 +232,7 @@ class _Cdn(Handler):
 @contextlib.contextmanager
 def hub(files, *, repo="owner/model", token=None):
     """A Hub with one model repository, and its CDN on another port; HF_ENDPOINT points at it."""
+    pytest.importorskip("huggingface_hub.constants")  # which importing the library leaves for later
     library = pytest.importorskip("huggingface_hub")
     cdn = LocalServer(_Cdn, blobs={})
     commits, branches = {}, {}
