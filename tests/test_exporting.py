@@ -8,7 +8,7 @@ from nets import ConvNet, ZooNet, batch, trained, with_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from plyweight.artifact import inspect
+from plyweight.artifact import inspect, split
 from plyweight.errors import BitWidthError, LayeringError, OutputError
 from plyweight.exporting import export
 from plyweight.loading import load
@@ -85,6 +85,15 @@ def test_what_cannot_be_exported_is_said_and_leaves_no_file(tmp_path, options, e
     with pytest.raises(error, match=message):
         export(path, exported, **options)
     assert not exported.exists()
+
+
+def test_a_split_artifact_exports_what_its_one_file_does(tmp_path):
+    path = tmp_path / "net.layered.safetensors"
+    pack(trained(ConvNet()), path)
+    split(path, tmp_path / "parts")
+    for source, exported in ((path, "one"), (tmp_path / "parts", "other")):
+        export(source, tmp_path / exported)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
 
 
 def test_a_prefix_exports_what_it_holds_and_a_missing_folder_is_said(tmp_path):

@@ -83,7 +83,7 @@ _HOMES = {
     "evict": "plyweight.delivery.fetch",
     "export": "plyweight.exporting",
     "fetch": "plyweight.delivery.fetch",
-    "inspect": "plyweight.artifact.receipt",
+    "inspect": "plyweight.inspecting",
     "lease": "plyweight.nn.bit_width",
     "load": "plyweight.loading.verbs",
     "pack": "plyweight.packing",
@@ -98,7 +98,6 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from plyweight.artifact.reader import verify
-    from plyweight.artifact.receipt import inspect
     from plyweight.delivery.fetch import evict, fetch
     from plyweight.errors import (
         ArtifactError,
@@ -122,6 +121,7 @@ if TYPE_CHECKING:
         VersionError,
     )
     from plyweight.exporting import export
+    from plyweight.inspecting import inspect
     from plyweight.loading.verbs import downgrade, load, start_upgrade, upgrade
     from plyweight.nn.bit_width import at_bit_width, bit_widths_of, lease, set_bit_width
     from plyweight.nn.report import Report, report

@@ -230,9 +230,10 @@ def test_row_14_an_older_signed_revision_is_refused(data, tmp_path):
 
 def test_the_header_alone_is_the_first_request_alone(data):
     with hostile(data) as server:
-        header, transfer = fetch_header(server.url)
-        assert len(server.requests) == transfer.requests == 1
-    assert header.artifact_id == id_of(data)
+        found = fetch_header(server.url)
+        assert len(server.requests) == found.transfer.requests == 1
+    assert (found.name, found.total_bytes) == (server.url, len(data))
+    assert found.header.artifact_id == id_of(data)
 
 
 def test_evicting_frees_the_layers_above_or_all(data):

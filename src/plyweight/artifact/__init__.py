@@ -19,6 +19,8 @@ from plyweight.artifact.names import (
     step_name,
     zero_point_name,
 )
+from plyweight.artifact.opening import open_source, split_folder
+from plyweight.artifact.parts import SplitSource
 from plyweight.artifact.reader import ArtifactReader, verify
 from plyweight.artifact.receipt import LayerReceipt, Receipt, inspect
 from plyweight.artifact.records import (
@@ -30,8 +32,8 @@ from plyweight.artifact.records import (
     TensorEntry,
 )
 from plyweight.artifact.sidecar import Part, Sidecar
-from plyweight.artifact.source import FileSource, MemorySource, Source, open_source
-from plyweight.artifact.split import SplitSource, join, split
+from plyweight.artifact.source import FileSource, MemorySource, Source
+from plyweight.artifact.split import join, split
 from plyweight.artifact.values import TensorView
 from plyweight.artifact.writer import LayerContent, TensorData, write_artifact
 
@@ -71,6 +73,7 @@ __all__ = [
     "publish_atomically",
     "scale_name",
     "split",
+    "split_folder",
     "step_name",
     "verify",
     "write_artifact",

@@ -17,8 +17,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from plyweight.artifact.header import LENGTH_BYTES, Header, header_bytes
 from plyweight.artifact.layout import ByteRange
 from plyweight.artifact.names import is_pad, split_name
+from plyweight.artifact.opening import open_source
 from plyweight.artifact.records import Layer
-from plyweight.artifact.source import Source, ViewSource, open_source
+from plyweight.artifact.source import Source, ViewSource
 from plyweight.artifact.values import TensorView, ValueChecker
 from plyweight.errors import (
     ArtifactError,
@@ -28,7 +29,7 @@ from plyweight.errors import (
     listed,
 )
 
-__all__ = ["ArtifactReader", "verify"]
+__all__ = ["ArtifactReader", "naming", "num_held", "verify"]
 
 
 class ArtifactReader:
@@ -46,9 +47,9 @@ class ArtifactReader:
 
     def __init__(self, source: str | os.PathLike[str] | Source) -> None:
         self.source = open_source(source)
-        with _naming(self.source):
+        with naming(self.source.name):
             self.header = _read_header(self.source)
-            self._num_held = _num_held(self.header, self.source.size())
+            self._num_held = num_held(self.header, self.source.size())
         self.held_bit_widths = self.header.bit_widths[: self._num_held]
         self._checker = ValueChecker(self.header)
 
@@ -63,7 +64,7 @@ class ArtifactReader:
             ArtifactError: If its values cannot be computed with.
         """
         layer = self._held_layer(index)
-        with _naming(self.source):
+        with naming(self.source.name):
             return self._checked(index, self._read(layer.byte_range))
 
     def verify(self) -> tuple[Layer, ...]:
@@ -83,7 +84,7 @@ class ArtifactReader:
         buffer = self._read(layer.byte_range)
         # The parser has compared the digest of a layer of one chunk with that of the chunk.
         whole = beside.submit(_hexdigest, buffer) if layer.num_chunks > 1 else None
-        with _naming(self.source):
+        with naming(self.source.name):
             self._checked(index, buffer)
             if whole is not None and whole.result() != layer.sha256:
                 raise DigestError(
@@ -151,8 +152,12 @@ class ArtifactReader:
 def verify(path_or_source: str | os.PathLike[str] | Source) -> tuple[Layer, ...]:
     """Read and check every layer that is held; those that were checked.
 
+    Args:
+        path_or_source: a file, the folder of a split artifact or its ``layers.json``, or a source
+            of bytes. What a URL has is verified while :func:`plyweight.fetch` brings it.
+
     Raises:
-        SourceError: If it cannot be opened or read.
+        SourceError: If it cannot be opened or read, or is a URL.
         ArtifactError: If a byte is wrong.
     """
     return ArtifactReader(path_or_source).verify()
@@ -177,8 +182,13 @@ def _read_header(source: Source) -> Header:
     return Header.parse(first + source.read(ByteRange(LENGTH_BYTES, data_start)))
 
 
-def _num_held(header: Header, size: int) -> int:
-    """How many layers there are in the first ``size`` bytes, which must end where one does."""
+def num_held(header: Header, size: int) -> int:
+    """How many layers there are in a source of ``size`` bytes, which must end where one does.
+
+    Raises:
+        TruncatedError: If it ends inside a layer, or before the first.
+        ArtifactError: If it goes on after the last.
+    """
     for index, layer in enumerate(header.layers):
         if size < layer.byte_range.stop:
             if index and size == layer.byte_range.start:
@@ -208,9 +218,9 @@ def _cut(header: Header, index: int, size: int) -> TruncatedError:
 
 
 @contextlib.contextmanager
-def _naming(source: Source) -> Iterator[None]:
-    """Put the source's name in front of what is wrong with its bytes."""
+def naming(name: str) -> Iterator[None]:
+    """Put the name of a source in front of what is wrong with its bytes."""
     try:
         yield
     except ArtifactError as error:
-        raise type(error)(f"{source.name}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error

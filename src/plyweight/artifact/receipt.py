@@ -76,7 +76,11 @@ class Receipt:
 
 
 def inspect(path_or_source: str | os.PathLike[str] | Source) -> Receipt:
-    """What the artifact at a path consists of; only its header is read.
+    """What an artifact on this machine consists of; only its header is read.
+
+    Args:
+        path_or_source: a file, the folder of a split artifact or its ``layers.json``, or a source
+            of bytes.
 
     Raises:
         SourceError: If it cannot be opened or read.

@@ -18,7 +18,7 @@ import numpy as np
 from plyweight.artifact.layout import ByteRange
 from plyweight.errors import RangeError, SourceError
 
-__all__ = ["FileSource", "MemorySource", "Source", "ViewSource", "open_source"]
+__all__ = ["FileSource", "MemorySource", "Source", "ViewSource"]
 
 
 @runtime_checkable
@@ -145,28 +145,6 @@ class MemorySource:
         _require_inside(byte_range, len(self.data), self.name)
         self.reads.append(byte_range)
         return bytearray(self.data[byte_range.start : byte_range.stop])
-
-
-def open_source(path_or_source: str | os.PathLike[str] | Source) -> Source:
-    """The source itself, or the file of that path.
-
-    Raises:
-        SourceError: If it is a URL, or a file that cannot be opened.
-    """
-    if isinstance(path_or_source, str | os.PathLike):
-        path = os.fspath(path_or_source)
-        if "://" in path:
-            raise SourceError(
-                f"{path.partition('?')[0]} is a URL, and files are read here; plyweight.fetch and "
-                "plyweight.load take URLs."
-            )
-        return FileSource(path)
-    if not isinstance(path_or_source, Source):
-        raise SourceError(
-            f"a {type(path_or_source).__name__} was given; give the path of an artifact, or a "
-            "source of bytes."
-        )
-    return path_or_source
 
 
 def _fill(readinto: "_ReadInto", view: memoryview) -> int:

@@ -2,8 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plyweight.cli.calling import (
+    TOKEN,
     AllowHttp,
     Artifact,
     AsJson,
@@ -22,11 +22,10 @@ from plyweight.cli.calling import (
     refuse_together,
 )
 from plyweight.cli.show import receipt_table, size
-from plyweight.errors import OutputError, SourceError, TrustError, listed
+from plyweight.errors import OutputError, TrustError, listed
 
 if TYPE_CHECKING:
-    from plyweight.artifact import ByteRange, Header, Receipt, Source
-    from plyweight.delivery import RemoteSource, Reply, Transfer
+    from plyweight.artifact import Header
 
 __all__ = ["export", "inspect", "join", "sign", "split", "verify"]
 
@@ -58,19 +57,16 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what every bit-width costs; reads the header only."""
-    if "://" not in artifact:
-        from plyweight.artifact import inspect as inspect_file
+    from plyweight.inspecting import inspect as inspect_artifact
 
-        receipt, moved = inspect_file(_source(artifact)), {}
-    else:
-        receipt, transfer = _inspect_remote(artifact, allow_http=allow_http, patience_s=patience)
-        moved = {
-            "requests": transfer.requests,
-            "received_bytes": transfer.received_bytes,
-            "seconds": transfer.seconds,
-        }
+    receipt = inspect_artifact(
+        artifact,
+        token=os.environ.get(TOKEN) or None,
+        allow_http=allow_http,
+        patience_s=patience,
+    )
     if as_json:
-        print_json(receipt.to_json() | moved)
+        print_json(receipt.to_json())
         return
     typer.echo(receipt_table(receipt))
 
@@ -83,14 +79,9 @@ def verify(
 ) -> None:
     """Check every layer against its digest, and who signed it."""
     refuse_together(public_key=public_key, authority=authorities)
-    if "://" in artifact:
-        raise SourceError(
-            f"{artifact} is a URL; `plyweight fetch` verifies every layer that it brings, and "
-            "takes --public-key and --authority as well."
-        )
     from plyweight.artifact import ArtifactReader
 
-    reader = ArtifactReader(_source(artifact))
+    reader = ArtifactReader(artifact)
     is_signed = public_key is not None or bool(authorities)
     if is_signed:
         _verify_signature(reader.header, artifact, public_key, authorities or ())
@@ -125,9 +116,7 @@ def export(
     from plyweight.exporting import export as export_file
 
     _refuse_same(artifact, path)
-    exported = export_file(
-        _source(artifact), path, bit_width=bit_width, to=to.value, dtype=dtype.value
-    )
+    exported = export_file(artifact, path, bit_width=bit_width, to=to.value, dtype=dtype.value)
     num_bytes = path.stat().st_size
     if as_json:
         print_json({"path": str(path), "bit_width": exported, "num_bytes": num_bytes})
@@ -143,7 +132,7 @@ def split(
     """Write each layer to a file, for servers without byte ranges."""
     from plyweight.artifact import split as split_file
 
-    sidecar = split_file(_source(artifact), folder)
+    sidecar = split_file(artifact, folder)
     files = sorted(path.name for path in folder.iterdir())
     if as_json:
         print_json(
@@ -204,12 +193,12 @@ def sign(
     if password_env is not None and (password := os.environ.get(password_env)) is None:
         raise typer.BadParameter(f"there is no environment variable {password_env}; set it.")
     from plyweight.artifact import ArtifactReader, Sidecar, publish_atomically
+    from plyweight.artifact.sidecar import SIDECAR_FILE
     from plyweight.delivery.signing import sign as sign_file
     from plyweight.delivery.signing import signature_path
 
-    source, sidecar = _source(artifact), _sidecar(artifact)
-    header = ArtifactReader(source).header
-    is_split = not isinstance(source, str)
+    header, sidecar = ArtifactReader(artifact).header, _sidecar(artifact)
+    is_split = sidecar.name == SIDECAR_FILE
     content = Sidecar.of(header, file=None if is_split else Path(artifact).name).emit()
     # Both are made before either is published, so that a wrong key leaves nothing behind.
     with tempfile.TemporaryDirectory() as place:
@@ -237,31 +226,16 @@ def sign(
     typer.echo(f"{signature_path(sidecar)}  signs artifact sha256:{header.artifact_id}")
 
 
-# --- sources ------------------------------------------------------------------------------------
-
-
-def _source(artifact: str) -> "str | Source":
-    """The path of a file, or the parts of a split artifact as one source."""
-    folder = _split_folder(artifact)
-    if folder is None:
-        return artifact
-    from plyweight.artifact import SplitSource
-
-    return SplitSource(folder)
+# --- beside an artifact -------------------------------------------------------------------------
 
 
 def _sidecar(artifact: str) -> Path:
     """Where the sidecar of that artifact is."""
-    folder = _split_folder(artifact)
-    return folder / "layers.json" if folder is not None else Path(f"{artifact}.layers.json")
+    from plyweight.artifact import split_folder
+    from plyweight.artifact.sidecar import SIDECAR_FILE
 
-
-def _split_folder(artifact: str) -> Path | None:
-    """The folder of a split artifact, which may be named by its ``layers.json`` as well."""
-    path = Path(artifact)
-    if path.name == "layers.json":
-        return path.parent
-    return path if (path / "layers.json").is_file() else None
+    folder = split_folder(artifact)
+    return folder / SIDECAR_FILE if folder is not None else Path(f"{artifact}.{SIDECAR_FILE}")
 
 
 def _refuse_same(artifact: str, path: Path) -> None:
@@ -282,40 +256,3 @@ def _verify_signature(
             f"{sidecar} is signed, but it is of artifact {signed_id} and {artifact} is "
             f"{header.artifact_id}; fetch both again from the same place."
         )
-
-
-def _inspect_remote(
-    address: str, *, allow_http: bool, patience_s: float
-) -> "tuple[Receipt, Transfer]":
-    """What the artifact at a URL consists of; its first bytes are read until the header ends."""
-    from plyweight.artifact.receipt import receipt_of
-    from plyweight.delivery import fetch_header, open_remote
-
-    token = os.environ.get("PLYWEIGHT_TOKEN") or None
-    with closing(open_remote(address, token=token, allow_http=allow_http)) as source:
-        sized = _SizedSource(source)
-        header, transfer = fetch_header(sized, patience_s=patience_s)
-    total = header.file_bytes if sized.total_bytes is None else sized.total_bytes
-    held = [b for b in header.bit_widths if header.prefix_bytes(b) <= total]
-    return receipt_of(header, held), transfer
-
-
-class _SizedSource:
-    """A source that remembers how large its object is said to be; None while nobody has said it."""
-
-    def __init__(self, source: "RemoteSource") -> None:
-        self._source = source
-        self.total_bytes: int | None = None
-
-    @property
-    def name(self) -> str:
-        return self._source.name
-
-    @contextmanager
-    def get(self, byte_range: "ByteRange", *, identity: str | None = None) -> "Iterator[Reply]":
-        with self._source.get(byte_range, identity=identity) as reply:
-            self.total_bytes = reply.total_bytes
-            yield reply
-
-    def close(self) -> None:
-        self._source.close()

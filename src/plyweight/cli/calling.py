@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
+    "TOKEN",
     "AllowHttp",
     "Artifact",
     "AsJson",
@@ -34,6 +35,8 @@ __all__ = [
     "refuse_together",
 ]
 
+TOKEN = "PLYWEIGHT_TOKEN"  # in the environment: an option would show in the list of processes
+
 UNITS = {"": 1, "B": 1} | {
     f"{letter}{unit}": base ** (power + 1)
     for base, units in ((1000, ("", "B")), (1024, ("iB",)))
@@ -50,6 +53,7 @@ OPTIONS = (
     (r"`max_waste_bytes=(\d+)`", r"--max-waste \1"),
     (r"\bartifact_id=", "--id"),
     (r"\bpublic_key=", "--public-key"),
+    (r"`plyweight\.fetch`", "`plyweight fetch`"),
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import typer
 
 from plyweight.cli.calling import (
+    TOKEN,
     AllowHttp,
     AsJson,
     Authorities,
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from plyweight.delivery import Fetched, Progress
 
 __all__ = ["cached", "evict", "fetch", "serve"]
-
-TOKEN = "PLYWEIGHT_TOKEN"  # in the environment: an option would show in the list of processes
 
 
 def fetch(

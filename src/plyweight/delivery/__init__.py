@@ -11,6 +11,7 @@ when an address asks for it.
 """
 
 from plyweight.delivery.cache import Cache, CachedArtifact, CachedEntry
+from plyweight.delivery.client import FoundHeader
 from plyweight.delivery.fetch import (
     Fetched,
     FetchOptions,
@@ -28,6 +29,7 @@ __all__ = [
     "CachedEntry",
     "FetchOptions",
     "Fetched",
+    "FoundHeader",
     "Progress",
     "RemoteSource",
     "Reply",

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from plyweight.artifact import Header, Source
+from plyweight.artifact.reader import naming
 from plyweight.delivery.filling import Destination
 from plyweight.delivery.opening import Opened, Opener
 from plyweight.delivery.pulling import Puller
@@ -28,6 +29,7 @@ __all__ = [
     "DEADLINE_S",
     "MAX_WASTE_BYTES",
     "Download",
+    "FoundHeader",
     "Trust",
     "download",
     "read_header",
@@ -129,10 +131,28 @@ def download(
     return session.run(refresh=refresh)
 
 
+@dataclass(frozen=True)
+class FoundHeader:
+    """A header, and how much its source has of what it describes.
+
+    Attributes:
+        name: of the source.
+        header: of the artifact.
+        total_bytes: that the source says its object has, which may be a prefix of the artifact;
+            None where it does not say.
+        transfer: what was moved.
+    """
+
+    name: str
+    header: Header
+    total_bytes: int | None
+    transfer: Transfer
+
+
 def read_header(
     source: RemoteSource, *, artifact_id: str | None = None, deadline_s: float = DEADLINE_S
-) -> tuple[Header, Transfer]:
-    """The header alone, strictly parsed; what was moved for it.
+) -> FoundHeader:
+    """The header alone, strictly parsed.
 
     Raises:
         ArtifactError: If it is wrong.
@@ -140,8 +160,10 @@ def read_header(
         DeliveryError: If it cannot be read.
     """
     meter = Meter()
-    with Opener(source, artifact_id, meter, Patience(deadline_s)).from_source() as opened:
-        return opened.header, meter.read()
+    opener = Opener(source, artifact_id, meter, Patience(deadline_s))
+    with naming(source.name), opener.from_source() as opened:
+        total = opened.stream.total_bytes if opened.stream is not None else None
+        return FoundHeader(source.name, opened.header, total, meter.read())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from plyweight.delivery.cache import Cache
 from plyweight.delivery.client import (
     DEADLINE_S,
     MAX_WASTE_BYTES,
+    FoundHeader,
     download,
     read_header,
     require_newer,
@@ -223,8 +224,8 @@ def fetch_header(
     token: str | None = None,
     allow_http: bool = False,
     patience_s: float = DEADLINE_S,
-) -> tuple[Header, Transfer]:
-    """The header at that address and nothing else; what was moved for it.
+) -> FoundHeader:
+    """The header at that address and nothing else.
 
     Raises:
         ArtifactError: If it is wrong.
