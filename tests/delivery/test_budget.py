@@ -1,5 +1,7 @@
 """Budgets: the widest bit-width that fits, or a clear no."""
 
+from math import prod
+
 import pytest
 from artifact.builders import build
 
@@ -38,9 +40,21 @@ def test_the_reason_names_what_the_next_width_would_need(header):
     )
 
 
-def test_memory_counts_the_largest_weight_once_more_as_float(header):
-    largest = max(weight.num_weights for weight in header.weights.values())
-    needed = header.prefix_bytes(3) + 4 * largest
+def memory_at(header, bit_width):
+    """Planes lie as they are read; all else is a tensor once more, and one weight is decoded."""
+    weights = header.weights.values()
+    copied = sum(
+        header.file_range(entry).num_bytes
+        for index in range(header.layer_index(bit_width) + 1)
+        for entry in header.tensors_of(index)
+        if not entry.name.endswith(".q")
+    )
+    decoded = max(5 * 4 * w.num_weights + 4 * prod(w.scale_shape) for w in weights)
+    return header.prefix_bytes(bit_width) + copied + decoded
+
+
+def test_memory_counts_what_a_model_holds_and_the_largest_weight_decoded(header):
+    needed = memory_at(header, 3)
     assert Budget(max_ram=needed).choose(header).bit_width == 3
     assert Budget(max_ram=needed - 1).choose(header).bit_width == 2
 
@@ -65,8 +79,7 @@ def test_what_is_here_needs_no_time_and_no_measurement(header):
 
 
 def test_several_limits_hold_at_once(header):
-    largest = max(weight.num_weights for weight in header.weights.values())
-    memory = header.prefix_bytes(2) + 4 * largest
+    memory = memory_at(header, 2)
     assert Budget(max_bytes=header.prefix_bytes(8), max_ram=memory).choose(header).bit_width == 2
     assert Budget(max_bytes=header.prefix_bytes(2), max_ram=10**9).choose(header).bit_width == 2
 

@@ -79,6 +79,35 @@ def test_the_values_are_those_that_were_trained(shape, options, gain_per_scale):
         assert torch.equal(packed(), quantizer(weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"group_size": 4}, {"pinned": 3}], ids=str)
+@pytest.mark.parametrize("shape", [(64, 6), (37, 5), (35, 3, 3, 3), (9, 200), (1, 77)], ids=str)
+def test_by_block_or_at_once_the_values_are_the_same(shape, options, dtype, monkeypatch):
+    monkeypatch.setattr("plyweight.nn.packed.BLOCK_WEIGHTS", 64)
+    weight = torch.randn(shape)
+    quantizer, packed = holding(weight, dtype, gain_per_scale=True, **options)
+    for bit_width in (2, 8):
+        quantizer.switch(bit_width)
+        packed.switch(bit_width)
+        assert torch.equal(packed(), quantizer(weight).to(dtype))
+
+
+def test_compiled_it_is_the_definition_in_one_graph(monkeypatch):
+    monkeypatch.setattr("plyweight.nn.packed.BLOCK_WEIGHTS", 64)
+    _, packed = holding(torch.randn(64, 6), group_size=4)
+    compiled = torch.compile(packed, backend="eager", fullgraph=True)
+    for bit_width in (2, 8):
+        packed.switch(bit_width)
+        assert torch.equal(compiled(), packed())
+    torch._dynamo.reset()
+
+
+def test_a_weight_that_fills_pages_of_its_own_has_the_same_values():
+    weight = torch.randn(1025, 513)  # more than one page, and four blocks
+    quantizer, packed = holding(weight)
+    assert torch.equal(packed(), quantizer(weight))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_values_are_in_the_dtype_of_the_model(dtype):
     weight = torch.randn(5, 6)

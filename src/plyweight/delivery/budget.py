@@ -1,8 +1,11 @@
 """Budget: the widest bit-width that a device can afford, and why it is that one.
 
     bytes on the wire and disk   the prefix: header and layers up to that bit-width
-    memory                       the prefix, and the largest weight once more as float32, which is
-                                 what a packed model decodes while it computes; no activations
+    memory                       what a packed model takes on the CPU while it computes, beside what
+                                 Python and torch take themselves and without activations: the
+                                 prefix; what of it is no plane once more, as tensors of their own;
+                                 the largest weight decoded to float32, and the blocks it is
+                                 decoded by
     time                         the bytes that are not here yet, at the measured rate of the link
 
 A bit-width that is asked for by its number is never replaced by another one.
@@ -10,13 +13,17 @@ A bit-width that is asked for by its number is never replaced by another one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
-from plyweight.artifact import Header
+from plyweight.artifact import Header, LayeredWeight
 from plyweight.errors import BudgetError, LayeringError
 
 __all__ = ["Budget", "Choice"]
 
 FLOAT_BYTES = 4
+# At most, to decode a weight by blocks into pages of its own: 2 MiB that are not filled, and what
+# is computed on the way (`plyweight.nn.packed`).
+DECODING_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ class Budget:
         rate: Callable[[], float] | None,
     ) -> Callable[[int], str | None]:
         """What a bit-width needs more of than may be used; None where it fits."""
-        largest = max(weight.num_weights for weight in header.weights.values())
+        decoded = max(map(_decoded_bytes, header.weights.values()))
         speed: float | None = None
         seconds = self.deadline_s if left_s is None else left_s
         if self.deadline_s is not None and held_bytes < header.file_bytes:
@@ -122,7 +129,7 @@ class Budget:
 
         def refusal(bit_width: int) -> str | None:
             prefix = header.prefix_bytes(bit_width)
-            memory = prefix + FLOAT_BYTES * largest
+            memory = prefix + _copied_bytes(header, bit_width) + decoded
             if self.max_bytes is not None and prefix > self.max_bytes:
                 return f"{prefix:,} bytes (max_bytes {self.max_bytes:,})"
             if self.max_ram is not None and memory > self.max_ram:
@@ -137,3 +144,16 @@ class Budget:
             return None
 
         return refusal
+
+
+def _copied_bytes(header: Header, bit_width: int) -> int:
+    """Of the layers up to ``bit_width``, those that are no planes; planes are used as they lie."""
+    weights = header.weights.values()
+    planes = sum(weight.width_at(bit_width) * weight.plane_bytes for weight in weights)
+    return header.prefix_bytes(bit_width) - header.data_start - planes
+
+
+def _decoded_bytes(weight: LayeredWeight) -> int:
+    """What it takes to compute with ``weight``: its values, its scales times gain, a block."""
+    values = FLOAT_BYTES * weight.num_weights
+    return values + FLOAT_BYTES * prod(weight.scale_shape) + min(4 * values, DECODING_BYTES)

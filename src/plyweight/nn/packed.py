@@ -2,16 +2,22 @@
 
 A packed weight decodes when it is used: the first planes of its own bit-width make the codes, the
 codes make the levels, times the scale. It is the definition that faster kernels must equal.
+
+On the CPU that happens a block of rows at a time. Beside the planes and the one weight that is
+being computed with, a call then takes no memory worth counting, and the blocks are small enough
+to come back to the system: what a model holds is what its process takes.
 """
 
 from collections.abc import Sequence
+from math import gcd, prod
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plyweight.codec import decode, from_planes, spread
+from plyweight.codec import decode, from_planes, plane_bytes, spread
+from plyweight.nn.pages import empty
 from plyweight.nn.quantized import (
     BiasByBitWidth,
     InputQuantizer,
@@ -30,6 +36,8 @@ __all__ = [
     "PackedWeight",
 ]
 
+BLOCK_WEIGHTS = 2**17  # decoded at a time: a block of :mod:`plyweight.codec.planes`
+
 
 class PackedWeight(Switchable):
     """The planes of one weight, and its scale and gains.
@@ -41,6 +49,7 @@ class PackedWeight(Switchable):
     """
 
     scale: Tensor
+    _like: Tensor
 
     def __init__(
         self,
@@ -88,11 +97,38 @@ class PackedWeight(Switchable):
         """The weight at the current bit-width, in the model's dtype."""
         own = self._own(self.bit_width)
         brought = [self._buffers[f"planes_{i}"] for i in range(self.num_held)]
-        rows = [row for planes in brought if planes is not None for row in planes]
-        levels = decode(from_planes(rows[:own], self.shape), own).float()
+        rows = [row for planes in brought if planes is not None for row in planes][:own]
         gain = self._buffers.get(f"gain_{own}")
         scale = self.scale.float() if gain is None else self.scale.float() * gain.float()
+        # A compiler fuses the definition into one pass by itself, and on a GPU a block is a
+        # dozen launches. A type is not exactly Tensor where torch only follows shapes.
+        if torch.compiler.is_compiling() or any(
+            type(row) is not Tensor or not row.is_cpu for row in rows
+        ):
+            return self._decoded(rows, scale)
+        return self._decoded_by_block(rows, scale)
+
+    def _decoded(self, rows: list[Tensor], scale: Tensor) -> Tensor:
+        """The definition: the values of the planes ``rows``."""
+        levels = decode(from_planes(rows, self.shape), len(rows)).float()
         values: Tensor = (levels * spread(scale, self.shape, self.group_size)).to(self._like.dtype)
+        return values
+
+    def _decoded_by_block(self, rows: list[Tensor], scale: Tensor) -> Tensor:
+        """The same; what is computed on the way never grows beyond a block."""
+        values = empty(self.shape, self._like.dtype)
+        planes = [row.numpy() for row in rows]  # numpy unpacks bits several times faster
+        row_weights = prod(self.shape[1:])
+        unit = 8 // gcd(8, row_weights)  # rows of the weight that end with a byte of its planes
+        step = max(BLOCK_WEIGHTS // (row_weights * unit), 1) * unit
+        for first in range(0, len(values), step):
+            block = values[first : first + step]
+            shape, start = tuple(block.shape), first * row_weights // 8
+            stop = start + plane_bytes(shape)
+            levels = decode(from_planes([p[start:stop] for p in planes], shape), len(planes))
+            scales = scale[first : first + step] if len(scale) > 1 else scale
+            factors = spread(scales, shape, self.group_size)
+            block.copy_(torch.from_numpy(levels) * factors)  # int8 times float32 is float32
         return values
 
     @property
