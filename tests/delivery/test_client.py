@@ -671,11 +671,14 @@ def test_an_object_that_changes_all_the_time_is_given_up(tiny, other, cache):  #
     assert blobs(cache) == []
 
 
-def test_the_same_bytes_under_changing_etags_are_fetched(tiny, cache):  # row_16
+@pytest.mark.parametrize("held_bit_width", [None, 2])
+def test_the_same_bytes_under_changing_etags_are_fetched(tiny, cache, held_bit_width):  # row_16
     def before(source, number):
         source.identity = f'"{number}"'
 
     source = FakeSource(tiny[0])
+    if held_bit_width is not None:
+        fetch(source, cache, held_bit_width)
     source.before = before
     assert read_all(fetch(source, cache).artifact) == tiny[0]
 

@@ -190,6 +190,7 @@ class _Session:
         try:
             opened = self.opener.from_memory(self.into, self._known(), refresh=refresh)
             if opened is not None:
+                seen_id = opened.header.artifact_id
                 return self._fetch(opened, identity=opened.identity)
             with self.opener.from_source() as opened:
                 seen_id = opened.header.artifact_id
