@@ -76,6 +76,9 @@ def test_what_is_here_needs_no_time_and_no_measurement(header):
     whole = header.file_bytes
     assert Budget(deadline_s=1).choose(header, held_bytes=whole, rate=rate).bit_width == 8
     assert Budget(max_bytes=whole).choose(header, rate=rate).bit_width == 8
+    held = header.prefix_bytes(2)
+    late = Budget(deadline_s=1).choose(header, held_bytes=held, left_s=-1, rate=lambda: 1e6)
+    assert late.bit_width == 2
 
 
 def test_several_limits_hold_at_once(header):

@@ -145,6 +145,38 @@ def test_the_link_is_measured_without_a_request_of_its_own(big):
     assert measured.transfer.received_bytes == plain.transfer.received_bytes
 
 
+@pytest.mark.parametrize("num_failures", [0, 1])
+def test_an_upgrade_measures_the_link_on_bytes_that_it_keeps(big, num_failures, monkeypatch):
+    monkeypatch.setattr("plyweight.delivery.retry.FIRST_S", 0.0)
+    header = Header.parse(big)
+    failing = set()
+    with hostile(big, "busy", when=failing.__contains__, retry_after="0") as server:
+        fetch(server.url, bit_width=2, artifact_id=header.artifact_id)
+        sent, asked = server.sent, len(server.requests)
+        failing.update(range(asked, asked + num_failures))
+        upgraded = fetch(server.url, deadline_s=600, artifact_id=header.artifact_id)
+        asked = len(server.requests) - asked
+        sent = server.sent - sent - num_failures * len(b"busy")
+    assert upgraded.bit_width == 3
+    missing = header.prefix_bytes(3) - header.prefix_bytes(2)
+    assert upgraded.transfer.received_bytes == sent == missing
+    assert upgraded.transfer.wasted_bytes == 0
+    assert upgraded.transfer.requests == asked
+    assert upgraded.transfer.retries == num_failures
+    assert ArtifactReader(upgraded.artifact).verify()
+
+
+def test_a_link_that_was_measured_in_vain_is_accounted_for(big):
+    header = Header.parse(big)
+    with hostile(big, pace_s=0.02) as server:  # about 3 MB/s
+        fetch(server.url, bit_width=2, artifact_id=header.artifact_id)
+        asked = len(server.requests)
+        stays = fetch(server.url, deadline_s=0.1, artifact_id=header.artifact_id)
+        assert len(server.requests) == asked + 1 == asked + stays.transfer.requests
+    assert stays.bit_width == 2
+    assert 0 < stays.transfer.received_bytes == stays.transfer.wasted_bytes <= 2 * 2**20
+
+
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -136,7 +136,7 @@ class Budget:
                 return f"about {memory:,} bytes of memory (max_ram {self.max_ram:,})"
             if speed is not None and seconds is not None:
                 needed = max(prefix - held_bytes, 0) / speed
-                if needed > seconds:
+                if needed > max(seconds, 0):  # what is here is here, however late it is
                     return (
                         f"{needed:.3g} s at the {speed / 1e6:.3g} MB/s of this link "
                         f"({max(seconds, 0):.3g} s are left)"

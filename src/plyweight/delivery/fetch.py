@@ -166,15 +166,18 @@ def fetch(
             source, sidecar, public_key, authorities, token, allow_http, patience_s
         )
         pin = _agreed(artifact_id, signed_id)
-        gauge = Gauge(source, most_s=_share(deadline_s))
+        gauge = Gauge(source, most_s=_share(deadline_s), patience_s=patience_s)
         choices: list[Choice] = []
 
         def choose(header: Header) -> int:
             left = None if deadline_s is None else deadline_s - (time.monotonic() - started)
             held = _held_bytes(into, header)
-            sample = ByteRange(0, min(MOST_BYTES, header.file_bytes))
+            start = max(held, header.data_start)
+            missing = ByteRange(start, min(start + MOST_BYTES, header.file_bytes))
             choices.append(
-                budget.choose(header, held_bytes=held, left_s=left, rate=lambda: gauge.rate(sample))
+                budget.choose(
+                    header, held_bytes=held, left_s=left, rate=lambda: gauge.rate(missing)
+                )
             )
             return choices[-1].bit_width
 
@@ -213,7 +216,7 @@ def fetch(
         choices[-1].reason,
         done.artifact,
         into.path if isinstance(into, StandingFile) else None,
-        done.transfer,
+        gauge.accounted(done.transfer),
     )
 
 
