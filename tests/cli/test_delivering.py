@@ -77,6 +77,16 @@ def test_fetch_to_a_file_writes_the_prefix_and_extends_it(capsys, data, tmp_path
     assert path.read_bytes() == data
 
 
+def test_fetch_mends_what_is_here_if_it_is_told_to(capsys, data, tmp_path):
+    path = tmp_path / "net"
+    path.write_bytes(data[:-1] + b"x")
+    with hostile(data) as server:
+        call = ("fetch", server.url, "--to", path, "--id", id_of(data))
+        assert run_json(capsys, *call)["requests"] == 0
+        assert run_json(capsys, *call, "--verify")["held"] == [2, 3, 8]
+    assert path.read_bytes() == data
+
+
 def test_fetch_takes_the_widest_that_fits_and_says_why(capsys, data):
     three = Header.parse(data).prefix_bytes(3)
     with hostile(data) as server:

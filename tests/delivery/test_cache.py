@@ -417,16 +417,19 @@ def test_a_layer_extended_by_zeros_to_its_size_is_refused(tiny, filled, kept):  
         reader.read_layer(1)
 
 
-def test_a_damaged_layer_is_found_and_fetched_again(tiny, filled):  # row_11
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_damaged_layer_is_found_and_fetched_again(tiny, filled, by_hand):  # row_11
     data, header = tiny
     path = blob(filled, header, 1)
     content = bytearray(path.read_bytes())
     content[9] ^= 1
     replace(path, content)
-    assert filled.repair(header.artifact_id) == (1,)
-    assert filled.repair(header.artifact_id) == ()
+    if by_hand:
+        assert filled.repair(header.artifact_id) == (1,)
+        assert filled.repair(header.artifact_id) == ()
+        assert filled.repair("0" * 64) == ()
     source = FakeSource(data)
-    assert read_all(fetch(source, filled).artifact) == data
+    assert read_all(fetch(source, filled, verify=not by_hand).artifact) == data
     assert source.sent == header.layers[1].byte_range.num_bytes
 
 

@@ -40,6 +40,7 @@ from plyweight.errors import (
     BitWidthError,
     DigestError,
     HeaderError,
+    LayeringError,
     OutputError,
     SourceError,
     StaleError,
@@ -284,8 +285,14 @@ def test_large_chunks_are_fetched_one_at_a_time(tiny, cache, monkeypatch):
 
 @pytest.mark.parametrize("parallel", [0, -1, 1.5, True, None])
 def test_nonsense_is_refused(tiny, cache, parallel):
-    with pytest.raises(ValueError, match="give an integer of 1 or more"):
+    with pytest.raises(LayeringError, match="give an integer of 1 or more"):
         fetch(FakeSource(tiny[0]), cache, parallel=parallel)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_no_patience_is_refused(tiny, cache, seconds):
+    with pytest.raises(LayeringError, match=r"patience_s is .*; give a positive number"):
+        fetch(FakeSource(tiny[0]), cache, deadline_s=seconds)
 
 
 def test_the_base_layer_is_there_before_the_others(tiny, cache):

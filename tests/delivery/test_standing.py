@@ -109,6 +109,50 @@ def test_a_damaged_chunk_of_the_old_file_is_fetched_anew(tiny, path):
     assert source.sent == header.data_start + CHUNK + layer
 
 
+@pytest.mark.parametrize("bit_width", [2, 4])
+def test_a_damaged_file_is_mended_when_it_is_read_again(tiny, path, bit_width):
+    data, header = tiny
+    pin = {"artifact_id": header.artifact_id}
+    path.write_bytes(flipped(data, header.layers[1].byte_range.start + CHUNK + 1))
+    source = FakeSource(data)
+    fetch(source, StandingFile(path), bit_width, **pin)
+    assert (source.log, path.read_bytes() == data) == ([], False)  # judged by whoever reads it
+    fetch(source, StandingFile(path), bit_width, verify=True, **pin)
+    assert path.read_bytes() == data  # as long as it was
+    assert source.sent == header.layers[1].byte_range.num_bytes - CHUNK
+    assert files_in(path.parent) == [path.name]
+    before = path.stat()
+    assert fetch(source, StandingFile(path), 4, verify=True, **pin).transfer.requests == 0
+    assert path.stat() == before
+
+
+def test_what_the_cache_holds_is_copied_and_not_fetched(tiny, path, tmp_path):
+    data, header = tiny
+    cache = Cache(tmp_path / "cache")
+    fetch(FakeSource(data), cache, 3)
+    source = FakeSource(data)
+    fetch(source, StandingFile(path, cache=cache), 2, refs=cache.refs)
+    assert path.read_bytes() == prefix(data, header, 2)
+    assert source.log == []
+    fetch(source, StandingFile(path, cache=cache), 4, refs=cache.refs)
+    assert path.read_bytes() == data
+    assert source.sent == header.layers[2].byte_range.num_bytes
+
+
+def test_what_the_cache_has_damaged_is_fetched(tiny, path, tmp_path):
+    data, header = tiny
+    cache = Cache(tmp_path / "cache")
+    fetch(FakeSource(data), cache, 2)
+    blob = tmp_path / "cache" / "blobs" / "sha256" / header.layers[0].sha256
+    content = flipped(blob.read_bytes(), CHUNK)
+    blob.chmod(0o600)
+    blob.write_bytes(content)
+    source = FakeSource(data)
+    fetch(source, StandingFile(path, cache=cache), 2, artifact_id=header.artifact_id)
+    assert path.read_bytes() == prefix(data, header, 2)
+    assert source.sent == CHUNK
+
+
 def test_a_file_cut_by_other_tools_is_completed(tiny, path):
     data, header = tiny
     path.write_bytes(data[: header.data_start + 2 * CHUNK + 5])

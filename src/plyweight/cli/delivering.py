@@ -94,6 +94,9 @@ def fetch(
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Ask whether there is something newer.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read again what is here; damaged bytes come anew.")
+    ] = False,
     parallel: Annotated[
         int, typer.Option(min=1, max=64, metavar="N", help="Requests at the same time.")
     ] = 4,
@@ -143,6 +146,7 @@ def fetch(
             allow_http=allow_http,
             allow_rollback=allow_rollback,
             refresh=refresh,
+            verify=verify,
             parallel=parallel,
             max_waste_bytes=MAX_WASTE_BYTES if max_waste is None else max_waste,
             patience_s=patience,

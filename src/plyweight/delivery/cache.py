@@ -300,12 +300,12 @@ class Cache:
         return freed
 
     def repair(self, artifact_id: str) -> tuple[int, ...]:
-        """Read all held layers, and delete those that differ from their digest; their indices.
-
-        Raises:
-            SourceError: If the artifact is not held.
-        """
-        with contextlib.closing(self.open(artifact_id)) as artifact:
+        """Read all held layers, and delete those that differ from their digest; their indices."""
+        try:
+            held = self.open(artifact_id)
+        except SourceError:
+            return ()  # nothing of it is held
+        with contextlib.closing(held) as artifact:
             wrong = []
             for index, layer in enumerate(artifact.layers):
                 digest = hashlib.sha256(artifact.read_view(layer.byte_range)).hexdigest()

@@ -23,7 +23,7 @@ from plyweight.delivery.refs import Ref, Refs, check_digest
 from plyweight.delivery.retry import Patience
 from plyweight.delivery.source import RemoteSource
 from plyweight.delivery.transfer import Meter, Progress, Transfer
-from plyweight.errors import OutputError, SourceError, StaleError, TrustError
+from plyweight.errors import LayeringError, OutputError, SourceError, StaleError, TrustError
 
 __all__ = [
     "DEADLINE_S",
@@ -71,6 +71,7 @@ def download(
     trust: Trust | None = None,
     refs: Refs | None = None,
     refresh: bool = False,
+    verify: bool = False,
     allow_rollback: bool = False,
     parallel: int = 4,
     max_waste_bytes: int = MAX_WASTE_BYTES,
@@ -93,6 +94,7 @@ def download(
         refs: where the source's name is looked up and remembered (``Cache.refs``); None for a
             source whose name does not last, such as a path: its header is read every time.
         refresh: ask whether the name stands for something newer by now.
+        verify: read what is here already, and fetch what is damaged.
         allow_rollback: accept an older revision, or another model, than the name stood for.
         parallel: requests at the same time; fewer where chunks are large.
         max_waste_bytes: that may be read and dropped where the source ignores byte ranges.
@@ -107,9 +109,10 @@ def download(
         StaleError: If the object changes again and again.
         SourceError: If the source refuses, ends too early, or would waste too much.
         OutputError: If it cannot be written.
+        LayeringError: If ``parallel`` or the patience is not a positive number.
     """
     if type(parallel) is not int or parallel < 1:
-        raise ValueError(f"parallel is {parallel!r}; give an integer of 1 or more.")
+        raise LayeringError(f"parallel is {parallel!r}; give an integer of 1 or more.")
     if artifact_id is not None:
         check_digest(artifact_id)
     meter, patience = Meter(), Patience(deadline_s)
@@ -120,6 +123,7 @@ def download(
         artifact_id=artifact_id,
         trust=trust,
         refs=refs,
+        verify=verify,
         allow_rollback=allow_rollback,
         parallel=parallel,
         max_waste_bytes=max_waste_bytes,
@@ -176,6 +180,7 @@ class _Session:
     artifact_id: str | None
     trust: Trust | None
     refs: Refs | None
+    verify: bool
     allow_rollback: bool
     parallel: int
     max_waste_bytes: int
@@ -206,6 +211,8 @@ class _Session:
         """From HEADER to READY."""
         header = opened.header
         self._require_trusted(opened)
+        if self.verify:
+            self.into.repair(header.artifact_id)
         bit_width = self.choose(header)
         self._require_stored(opened, bit_width)
         for number in range(MAX_ROUNDS):

@@ -69,6 +69,7 @@ class FetchOptions(TypedDict, total=False):
     allow_http: bool
     allow_rollback: bool
     refresh: bool
+    verify: bool
     parallel: int
     max_waste_bytes: int
     patience_s: float
@@ -113,19 +114,22 @@ def fetch(
     allow_http: bool = False,
     allow_rollback: bool = False,
     refresh: bool = False,
+    verify: bool = False,
     parallel: int = 4,
     max_waste_bytes: int = MAX_WASTE_BYTES,
     patience_s: float = DEADLINE_S,
     progress: Callable[[Progress], None] | None = None,
 ) -> Fetched:
-    """Bring the layers that are missing, and nothing that is here; all of it is verified.
+    """Bring the layers that are missing, and nothing that is here.
 
-    Whatever ends it (Ctrl-C, a kill, a failure), what was verified stays, and the next call goes
-    on from there.
+    What comes is verified before it is kept, and what is kept by whoever reads it, as ``load``
+    does; ``verify`` does it now, for a disk that may not have kept it. Whatever ends it (Ctrl-C, a
+    kill, a failure), what was verified stays, and the next call goes on from there.
 
     Args:
         address: a URL (https, http, s3, gs, az, hf), a path, or a source.
-        to: the path of a plain artifact file to write, or to extend; None for the cache.
+        to: the path of a plain artifact file to write, or to extend; None for the cache. What the
+            cache holds is copied and not fetched.
         bit_width: exactly this one; or limits, from which the widest is chosen that fits; with
             neither, the widest there is.
         max_bytes: of the header and layers up to that bit-width.
@@ -142,6 +146,7 @@ def fetch(
         allow_http: allow plain http to other machines.
         allow_rollback: accept a revision older than this address has had.
         refresh: ask whether the address has something newer than what it stands for here.
+        verify: read again what is here already, and fetch anew what is damaged.
         parallel: requests at the same time.
         max_waste_bytes: that may be read and dropped where a server ignores byte ranges.
         patience_s: give up when nothing arrives for so long.
@@ -160,7 +165,7 @@ def fetch(
     started = time.monotonic()
     budget = Budget(bit_width, max_bytes, max_ram, deadline_s)
     kept_in = cache if isinstance(cache, Cache) else Cache(cache)
-    into: Destination = kept_in if to is None else StandingFile(to)
+    into: Destination = kept_in if to is None else StandingFile(to, cache=kept_in)
     with _opened(address, token=token, allow_http=allow_http) as source:
         signed_id = _signed_id(
             source, sidecar, public_key, authorities, token, allow_http, patience_s
@@ -204,6 +209,7 @@ def fetch(
             # Files at a path are trusted by the same notes as those in the cache.
             refs=None if isinstance(source, LocalSource) else kept_in.refs,
             refresh=refresh,
+            verify=verify,
             allow_rollback=allow_rollback,
             parallel=parallel,
             max_waste_bytes=max_waste_bytes,

@@ -104,6 +104,14 @@ class Destination(Protocol):
         """
         ...
 
+    def repair(self, artifact_id: str) -> tuple[int, ...]:
+        """Read what is here of that artifact; the layers that are damaged, and missing from now on.
+
+        Raises:
+            SourceError: If it cannot be read.
+        """
+        ...
+
     def opened(self, header: Header, bit_width: int) -> Source | None:
         """A source of ``bit_width``; None if some of it is missing.
 

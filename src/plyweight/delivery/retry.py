@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from plyweight.errors import TransferError
+from plyweight.errors import LayeringError, TransferError
 
 __all__ = ["Patience"]
 
@@ -26,6 +26,9 @@ class Patience:
         deadline_s: after which it is enough, counted from the last byte that was wanted.
         clock: seconds that only go forward.
         draw: a number in [0, 1), another one at every call.
+
+    Raises:
+        LayeringError: If the time is not a positive number.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class Patience:
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
     ) -> None:
+        if not 0 < deadline_s < float("inf"):
+            raise LayeringError(f"patience_s is {deadline_s!r}; give a positive number.")
         self.deadline_s = deadline_s
         self._clock, self._draw = clock, draw
         self._lock = threading.Lock()

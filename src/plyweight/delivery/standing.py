@@ -1,7 +1,7 @@
 """StandingFile: an artifact as a plain file at a path, whole or not at all.
 
 It is filled beside its path and renamed onto it. A narrower file of the same artifact that stands
-there already is not fetched again: its bytes are verified and copied.
+there already is not fetched again, nor what a cache has of it: those bytes are verified and copied.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ from plyweight.artifact import FileSource, Header, header_bytes
 from plyweight.artifact.files import require_posix, resolve_target
 from plyweight.artifact.header import LENGTH_BYTES
 from plyweight.artifact.layout import ByteRange
-from plyweight.delivery.chunks import Chunk
+from plyweight.delivery.cache import Cache, CachedArtifact
+from plyweight.delivery.chunks import Chunk, chunks_of
 from plyweight.delivery.filling import Filling, hold_lock, require_space
 from plyweight.delivery.partial import Partial, partial_files
 from plyweight.errors import ArtifactError, OutputError, RangeError, SourceError
@@ -31,31 +32,34 @@ class StandingFile:
     Args:
         path: of the file. If one stands there it must be an artifact, whole or a prefix, and only
             a download of that same artifact replaces it, by a longer one.
+        cache: what it holds of the artifact is not fetched.
 
     Raises:
         OutputError: If no file can be written there, or what stands there is no artifact.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, cache: Cache | None = None) -> None:
         require_posix("fetching into a file that can be resumed")
         self.path = resolve_target(path)
+        self._cache = cache
+        self._damaged: tuple[int, int] | None = None  # the very file, by device and number
         self._raw_existing()
 
     def raw_header(self, artifact_id: str) -> bytes | None:
-        """The header of that artifact if it is in the file or in one being filled for it."""
+        """The header of that artifact if the file has it, one being filled for it, or the cache."""
         found = [self._raw_existing(), *map(_raw_header, partial_files(self.path))]
         for raw in found:
             if raw is not None and hashlib.sha256(raw).hexdigest() == artifact_id:
                 return raw
-        return None
+        return self._cache.raw_header(artifact_id) if self._cache is not None else None
 
     def opened(self, header: Header, bit_width: int) -> FileSource | None:
-        """The file if it has ``bit_width``; None if it is not there or shorter.
+        """The file if it has ``bit_width``; None if it is not there, shorter or known as damaged.
 
         Raises:
             OutputError: If another artifact stands there.
         """
-        if not self._require_same(header):
+        if not self._require_same(header) or self._is_damaged():
             return None
         source = FileSource(self.path)
         ends = {layer.byte_range.stop for layer in header.layers}
@@ -63,6 +67,23 @@ class StandingFile:
             return source
         source.close()
         return None
+
+    def repair(self, artifact_id: str) -> tuple[int, ...]:
+        """Read the file; the layers that are damaged, which are then missing until it is filled."""
+        raw = self._raw_existing()
+        if raw is None or hashlib.sha256(raw).hexdigest() != artifact_id:
+            return ()
+        header = Header.parse(raw)
+        with contextlib.closing(FileSource(self.path)) as source:
+            found = self._identity()
+            held = range(_num_layers(header, source.size()))
+            chunks = chunks_of(header, held)
+            wrong = {
+                chunk.layer for chunk in chunks if not _is(chunk, source.read(chunk.byte_range))
+            }
+        if wrong:
+            self._damaged = found
+        return tuple(sorted(wrong))
 
     @contextlib.contextmanager
     def filling(
@@ -78,6 +99,9 @@ class StandingFile:
         with hold_lock(lock, progress, wait_s=wait_s):
             existing = self._require_same(header)
             layers = range(len(header.layers_for(bit_width)))
+            if self._is_damaged():  # what is mended is as long as what it replaces
+                held = _num_layers(header, self.path.stat().st_size)
+                layers = range(max(len(layers), held))
             if self._is_complete(header, bit_width):  # by whoever had the lock before
                 yield Filling({})
                 return
@@ -94,10 +118,25 @@ class StandingFile:
                 filling = Filling(dict.fromkeys(layers, partial))
                 require_space(self.path.parent, filling.missing_bytes, f"{bit_width} bits")
                 for path in [self.path, *others]:
-                    if path != partial.path:
-                        _copy(path, raw, partial)
+                    if path != partial.path and _raw_header(path) == raw:
+                        with contextlib.suppress(SourceError):
+                            _copy(FileSource(path), partial)
+                if self._cache is not None:
+                    with contextlib.suppress(SourceError):  # it holds nothing of it
+                        _copy(self._cache.open(header.artifact_id), partial)
                 filling.publish_complete()
                 yield filling
+
+    def _is_damaged(self) -> bool:
+        """Whether the file that stands there is the one that :meth:`repair` found damaged."""
+        return self._damaged is not None and self._identity() == self._damaged
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
 
     def _is_complete(self, header: Header, bit_width: int) -> bool:
         if (source := self.opened(header, bit_width)) is None:
@@ -140,11 +179,14 @@ def _raw_header(path: Path) -> bytes | None:
     return raw if raw[LENGTH_BYTES : LENGTH_BYTES + 1] == b"{" else None
 
 
-def _copy(path: Path, raw: bytes, partial: Partial) -> None:
-    """Take over the chunks that a shorter or half-filled file of the same artifact has."""
-    if _raw_header(path) != raw:
-        return
-    with contextlib.suppress(SourceError), contextlib.closing(FileSource(path)) as source:
+def _num_layers(header: Header, size: int) -> int:
+    """How many whole layers there are in the first ``size`` bytes."""
+    return sum(layer.byte_range.stop <= size for layer in header.layers)
+
+
+def _copy(source: CachedArtifact | FileSource, partial: Partial) -> None:
+    """Take over the chunks that a shorter or half-filled copy of the same artifact has."""
+    with contextlib.closing(source):
         for chunk in partial.missing:
             if chunk.byte_range.stop > source.size():
                 break
