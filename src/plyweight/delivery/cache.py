@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from plyweight.artifact import MAX_HEADER_BYTES, ByteRange, Header, publish_atomically
-from plyweight.artifact.files import (
+from plyweight.artifact.header import LENGTH_BYTES
+from plyweight.artifact.posix import (
     create_private_folder,
     fill_from,
     map_file,
@@ -30,7 +31,6 @@ from plyweight.artifact.files import (
     require_posix,
     try_lock,
 )
-from plyweight.artifact.header import LENGTH_BYTES
 from plyweight.delivery.filling import Filling, hold_lock, require_space
 from plyweight.delivery.partial import Partial, remove_partials
 from plyweight.delivery.refs import Refs, check_digest, is_digest

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from plyweight.artifact import Header, Source
-from plyweight.artifact.files import free_bytes, try_lock
+from plyweight.artifact.posix import free_bytes, try_lock
 from plyweight.delivery.chunks import Chunk
 from plyweight.delivery.partial import Partial
 from plyweight.errors import OutputError

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from plyweight.artifact import ByteRange, Header
-from plyweight.artifact.files import (
+from plyweight.artifact.posix import (
     append,
     fill_from,
     open_to_fill,

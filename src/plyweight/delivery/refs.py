@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from plyweight.artifact import publish_atomically
-from plyweight.artifact.files import create_private_folder, read_private
+from plyweight.artifact.posix import create_private_folder, read_private
 from plyweight.errors import SourceError, TrustError
 
 __all__ = ["Ref", "Refs", "check_digest", "is_digest"]

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from plyweight.artifact import FileSource, Header, header_bytes
-from plyweight.artifact.files import require_posix, resolve_target
+from plyweight.artifact.files import resolve_target
 from plyweight.artifact.header import LENGTH_BYTES
 from plyweight.artifact.layout import ByteRange
+from plyweight.artifact.posix import require_posix
 from plyweight.delivery.cache import Cache, CachedArtifact
 from plyweight.delivery.chunks import Chunk, chunks_of
 from plyweight.delivery.filling import Filling, hold_lock, require_space
