@@ -35,6 +35,7 @@ from plyweight.delivery.chunks import chunks_of
 from plyweight.delivery.client import download, read_header
 from plyweight.delivery.retry import FIRST_S, MOST_S, Patience
 from plyweight.delivery.source import LocalSource, open_remote
+from plyweight.delivery.transfer import Meter, ask
 from plyweight.errors import (
     ArtifactError,
     BitWidthError,
@@ -690,6 +691,21 @@ def test_the_same_bytes_under_changing_etags_are_fetched(tiny, cache, held_bit_w
     assert read_all(fetch(source, cache).artifact) == tiny[0]
 
 
+def test_another_etag_in_a_reply_is_noticed_where_the_source_lets_it_pass(tiny):  # row_16
+    class Careless(FakeSource):
+        def get(self, byte_range, *, identity=None):
+            return super().get(byte_range)
+
+    source = Careless(tiny[0], identity='"v2"')
+    with (
+        pytest.raises(StaleError, match="changed while it was fetched"),
+        ask(source, ByteRange(0, 9), identity='"v1"', meter=Meter()),
+    ):
+        pass
+    with ask(source, ByteRange(0, 9), identity='"v2"', meter=Meter()) as stream:
+        assert [bytes(piece) for _, piece in stream] == [tiny[0][:9]]
+
+
 @pytest.mark.parametrize("etag", ['"v2"', '"v1"', None])
 def test_an_upgrade_of_what_has_changed_begins_with_the_new_header(tiny, other, cache, etag):
     fetch(FakeSource(tiny[0], identity='"v1"'), cache, 2)
@@ -966,12 +982,12 @@ def test_two_threads_fetch_a_layer_once(tiny, cache):
 
 
 def test_whoever_holds_the_lock_and_gets_no_further_is_not_waited_for(tiny, cache):
-    from plyweight.artifact import files
+    from plyweight.artifact import posix
 
     data, header = tiny
     source = FakeSource(data)
     fetch(source, cache, 2)
-    lock = files.try_lock(cache.folder / "artifacts" / header.artifact_id / "lock")
+    lock = posix.try_lock(cache.folder / "artifacts" / header.artifact_id / "lock")
     assert lock is not None
     got = fetch(source, cache, 4, deadline_s=0.2)
     assert read_all(got.artifact) == data
