@@ -1,6 +1,7 @@
 """inspect, verify, export, split, join, sign: what is done with an artifact, by hand."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -101,6 +102,23 @@ def test_inspect_of_a_url_takes_less_than_60_mb_and_no_torch(data):
     code, peak_kib, has_torch = done.stderr.splitlines()[-1].split()
     assert (code, has_torch) == ("0", "False")
     assert int(peak_kib) * 1024 < 60e6
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="children's times are not counted there")
+def test_inspect_starts_in_less_than_0_3_s(artifact):
+    """A quarter of a second here, mostly numpy and typer. CPU time, for others compute as well;
+    twice the mark, because two threads that share a core count double."""
+    command = [sys.executable, "-m", "plyweight", "inspect", str(artifact)]
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        after = os.times()
+        seconds.append(
+            after.children_user + after.children_system
+            - before.children_user - before.children_system
+        )  # fmt: skip
+    assert min(seconds) < 2 * 0.3
 
 
 def test_what_is_no_artifact_is_one_sentence(capsys, tmp_path):
