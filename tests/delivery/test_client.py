@@ -293,7 +293,7 @@ def test_nonsense_is_refused(tiny, cache, parallel):
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 def test_no_patience_is_refused(tiny, cache, seconds):
     with pytest.raises(LayeringError, match=r"patience_s is .*; give a positive number"):
-        fetch(FakeSource(tiny[0]), cache, deadline_s=seconds)
+        fetch(FakeSource(tiny[0]), cache, patience_s=seconds)
 
 
 def test_the_base_layer_is_there_before_the_others(tiny, cache):
@@ -420,7 +420,7 @@ def test_a_dead_line_is_given_up_and_what_is_verified_stays(tiny, cache):
     source = FakeSource(data)
     source.before = before
     with pytest.raises(TransferError, match=r"nothing arrived for 0.05 s; .* the line is down"):
-        fetch(source, cache, deadline_s=0.05)
+        fetch(source, cache, patience_s=0.05)
     source.before = None
     assert read_all(fetch(source, cache).artifact) == data
     assert source.sent <= len(data) + 4 * CHUNK
@@ -570,7 +570,7 @@ def test_another_artifacts_claim_on_a_layers_name_does_not_poison_it(tiny, other
     half = FakeSource(data)
     half.before = lambda source, number: fail_from(number, 3)
     with pytest.raises(TransferError):
-        fetch(half, cache, 2, deadline_s=0.05)
+        fetch(half, cache, 2, patience_s=0.05)
     with pytest.raises(DigestError, match="contradicts itself"):
         fetch(FakeSource(forged, name="https://evil.example/x"), cache, 2)
     assert blobs(cache) == []
@@ -810,7 +810,7 @@ def impatient(monkeypatch):
     from plyweight.delivery.http import HttpSource
 
     def get(source, into, bit_width=4, **options):
-        return fetch(source, into, bit_width, **{"deadline_s": 0.5} | options)
+        return fetch(source, into, bit_width, **{"patience_s": 0.5} | options)
 
     get.source = lambda url: HttpSource(
         url, connect_timeout_s=1.0, read_timeout_s=0.15, head_timeout_s=1.0
@@ -826,11 +826,11 @@ def test_a_server_that_lies_for_a_while_is_outlived(tiny, other, cache, impatien
     with hostile(data, mode, retry_after="0", **options) as server:
         source = impatient.source(server.url)
         try:
-            got = impatient(source, cache, deadline_s=20.0)
+            got = impatient(source, cache, patience_s=20.0)
         except DigestError:
             assert mode in ("swapped-same-etag", "swapped-silently")
             assert set(held(cache)) <= {header.artifact_id, other[1].artifact_id}
-            got = impatient(source, cache, refresh=True, deadline_s=20.0)
+            got = impatient(source, cache, refresh=True, patience_s=20.0)
         finally:
             source.close()
     whole = other[0] if mode.startswith("swapped") else data
@@ -849,7 +849,7 @@ def test_a_server_that_lies_for_ever_gets_nothing_published(
         expected = FOR_EVER.get(mode)
         try:
             if expected is None:
-                got = impatient(source, cache, artifact_id=header.artifact_id, deadline_s=20.0)
+                got = impatient(source, cache, artifact_id=header.artifact_id, patience_s=20.0)
                 assert read_all(got.artifact) == data
             else:
                 with pytest.raises(expected):
@@ -876,7 +876,7 @@ def test_every_second_reply_may_be_wrong(tiny, cache, impatient, mode):  # row_1
     data, _ = tiny
     with hostile(data, mode, when=odd, retry_after="0") as server:
         source = impatient.source(server.url)
-        got = impatient(source, cache, deadline_s=20.0, parallel=1)
+        got = impatient(source, cache, patience_s=20.0, parallel=1)
         source.close()
     assert read_all(got.artifact) == data
 
@@ -893,7 +893,7 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(tiny, cache, impatient)
                 server.restart()
 
         died = []
-        got = impatient(source, cache, deadline_s=20.0, progress=die)
+        got = impatient(source, cache, patience_s=20.0, progress=die)
         source.close()
     assert read_all(got.artifact) == data
     assert died
@@ -989,7 +989,7 @@ def test_whoever_holds_the_lock_and_gets_no_further_is_not_waited_for(tiny, cach
     fetch(source, cache, 2)
     lock = posix.try_lock(cache.folder / "artifacts" / header.artifact_id / "lock")
     assert lock is not None
-    got = fetch(source, cache, 4, deadline_s=0.2)
+    got = fetch(source, cache, 4, patience_s=0.2)
     assert read_all(got.artifact) == data
 
 

@@ -46,7 +46,7 @@ def cut_off(source, number, into, bit_width=4, **options):
     """A download whose line goes down at that request."""
     source.before = lambda source, current: fail_from(current, number)
     with pytest.raises(TransferError):
-        fetch(source, into, bit_width, deadline_s=0.05, **options)
+        fetch(source, into, bit_width, patience_s=0.05, **options)
 
 
 @pytest.mark.parametrize("bit_width", [2, 3, 4])

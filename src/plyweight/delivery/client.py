@@ -26,7 +26,7 @@ from plyweight.delivery.transfer import Meter, Progress, Transfer
 from plyweight.errors import LayeringError, OutputError, SourceError, StaleError, TrustError
 
 __all__ = [
-    "DEADLINE_S",
+    "PATIENCE_S",
     "MAX_WASTE_BYTES",
     "Download",
     "FoundHeader",
@@ -38,7 +38,7 @@ __all__ = [
 
 # As much as one wrong chunk may cost; a small model is sooner read again than refused.
 MAX_WASTE_BYTES = 64 * 2**20
-DEADLINE_S = 120.0
+PATIENCE_S = 120.0
 MAX_ROUNDS = 3  # of fetching what another process deletes meanwhile
 
 Trust = Callable[[Header, Ref | None], None]
@@ -75,7 +75,7 @@ def download(
     allow_rollback: bool = False,
     parallel: int = 4,
     max_waste_bytes: int = MAX_WASTE_BYTES,
-    deadline_s: float = DEADLINE_S,
+    patience_s: float = PATIENCE_S,
     progress: Callable[[Progress], None] | None = None,
 ) -> Download:
     """Fetch what is missing of the bit-width that ``choose`` names.
@@ -98,14 +98,14 @@ def download(
         allow_rollback: accept an older revision, or another model, than the name stood for.
         parallel: requests at the same time; fewer where chunks are large.
         max_waste_bytes: that may be read and dropped where the source ignores byte ranges.
-        deadline_s: give up when nothing arrives for so long.
+        patience_s: give up when nothing arrives for so long.
         progress: is called about ten times a second, in this thread.
 
     Raises:
         ArtifactError: If the header is wrong, or a layer differs from its digest.
         BitWidthError: If ``choose`` names one that is not stored.
         TrustError: If the artifact is not the pinned one, is refused by ``trust``, or is older.
-        TransferError: If nothing arrives for ``deadline_s``.
+        TransferError: If nothing arrives for ``patience_s``.
         StaleError: If the object changes again and again.
         SourceError: If the source refuses, ends too early, or would waste too much.
         OutputError: If it cannot be written.
@@ -115,7 +115,7 @@ def download(
         raise LayeringError(f"parallel is {parallel!r}; give an integer of 1 or more.")
     if artifact_id is not None:
         check_digest(artifact_id)
-    meter, patience = Meter(), Patience(deadline_s)
+    meter, patience = Meter(), Patience(patience_s)
     session = _Session(
         source=source,
         choose=choose,
@@ -154,7 +154,7 @@ class FoundHeader:
 
 
 def read_header(
-    source: RemoteSource, *, artifact_id: str | None = None, deadline_s: float = DEADLINE_S
+    source: RemoteSource, *, artifact_id: str | None = None, patience_s: float = PATIENCE_S
 ) -> FoundHeader:
     """The header alone, strictly parsed.
 
@@ -164,7 +164,7 @@ def read_header(
         DeliveryError: If it cannot be read.
     """
     meter = Meter()
-    opener = Opener(source, artifact_id, meter, Patience(deadline_s))
+    opener = Opener(source, artifact_id, meter, Patience(patience_s))
     with naming(source.name), opener.from_source() as opened:
         total = opened.stream.total_bytes if opened.stream is not None else None
         return FoundHeader(source.name, opened.header, total, meter.read())
@@ -230,7 +230,7 @@ class _Session:
         self, opened: Opened, bit_width: int, identity: str | None, *, is_first: bool
     ) -> Source | None:
         """From TRUSTED to READY; None if it is gone again."""
-        header, wait_s = opened.header, self.patience.deadline_s
+        header, wait_s = opened.header, self.patience.patience_s
         with self.into.filling(opened.raw, header, bit_width, wait_s=wait_s) as filling:
             puller = Puller(
                 self.source,

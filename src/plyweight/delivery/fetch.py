@@ -24,8 +24,8 @@ from plyweight.artifact.sidecar import MAX_SIDECAR_BYTES
 from plyweight.delivery.budget import Budget, Choice
 from plyweight.delivery.cache import Cache
 from plyweight.delivery.client import (
-    DEADLINE_S,
     MAX_WASTE_BYTES,
+    PATIENCE_S,
     FoundHeader,
     download,
     read_header,
@@ -117,7 +117,7 @@ def fetch(
     verify: bool = False,
     parallel: int = 4,
     max_waste_bytes: int = MAX_WASTE_BYTES,
-    patience_s: float = DEADLINE_S,
+    patience_s: float = PATIENCE_S,
     progress: Callable[[Progress], None] | None = None,
 ) -> Fetched:
     """Bring the layers that are missing, and nothing that is here.
@@ -213,7 +213,7 @@ def fetch(
             allow_rollback=allow_rollback,
             parallel=parallel,
             max_waste_bytes=max_waste_bytes,
-            deadline_s=patience_s,
+            patience_s=patience_s,
             progress=progress,
         )
     return Fetched(
@@ -232,7 +232,7 @@ def fetch_header(
     artifact_id: str | None = None,
     token: str | None = None,
     allow_http: bool = False,
-    patience_s: float = DEADLINE_S,
+    patience_s: float = PATIENCE_S,
 ) -> FoundHeader:
     """The header at that address and nothing else.
 
@@ -242,7 +242,7 @@ def fetch_header(
         DeliveryError: If it does not arrive.
     """
     with _opened(address, token=token, allow_http=allow_http) as source:
-        return read_header(source, artifact_id=artifact_id, deadline_s=patience_s)
+        return read_header(source, artifact_id=artifact_id, patience_s=patience_s)
 
 
 def evict(

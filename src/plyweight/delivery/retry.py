@@ -3,7 +3,7 @@
     wait = uniform(0, min(MOST_S, FIRST_S * 2 ** failures))     and never less than Retry-After
 
 The wait is drawn from the whole interval ("full jitter"), so that devices which failed together do
-not come back together. It is enough when ``deadline_s`` pass without one byte that was wanted:
+not come back together. It is enough when ``patience_s`` pass without one byte that was wanted:
 a slow link is no reason to give up, a dead one is.
 """
 
@@ -23,7 +23,7 @@ class Patience:
     """The waits of one download; its threads share it.
 
     Args:
-        deadline_s: after which it is enough, counted from the last byte that was wanted.
+        patience_s: after which it is enough, counted from the last byte that was wanted.
         clock: seconds that only go forward.
         draw: a number in [0, 1), another one at every call.
 
@@ -33,14 +33,14 @@ class Patience:
 
     def __init__(
         self,
-        deadline_s: float,
+        patience_s: float,
         *,
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        if not 0 < deadline_s < float("inf"):
-            raise LayeringError(f"patience_s is {deadline_s!r}; give a positive number.")
-        self.deadline_s = deadline_s
+        if not 0 < patience_s < float("inf"):
+            raise LayeringError(f"patience_s is {patience_s!r}; give a positive number.")
+        self.patience_s = patience_s
         self._clock, self._draw = clock, draw
         self._lock = threading.Lock()
         self._last_progress = clock()
@@ -57,16 +57,16 @@ class Patience:
             TransferError: If it is enough, or the server asks for more than what is left.
         """
         with self._lock:
-            left = self._last_progress + self.deadline_s - self._clock()
+            left = self._last_progress + self.patience_s - self._clock()
         if left <= 0:
             raise TransferError(
-                f"nothing arrived for {self.deadline_s:g} s; the last attempt says: {error} What "
+                f"nothing arrived for {self.patience_s:g} s; the last attempt says: {error} What "
                 "was verified is kept, so run it again to continue."
             ) from error
         asked = error.retry_after_s or 0.0
         if asked > left:
             raise TransferError(
-                f"the server asks to wait for {asked:g} s, longer than the {self.deadline_s:g} s "
+                f"the server asks to wait for {asked:g} s, longer than the {self.patience_s:g} s "
                 "allowed without progress. What was verified is kept, so run it again then.",
                 retry_after_s=asked,
             ) from error
