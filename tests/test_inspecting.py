@@ -11,7 +11,13 @@ from delivery.servers import head_of, hostile, plain_server, raw_server
 import plyweight
 from plyweight.artifact import Header, MemorySource, split
 from plyweight.delivery import open_remote
-from plyweight.errors import ArtifactError, SourceError, TransferError, TruncatedError
+from plyweight.errors import (
+    ArtifactError,
+    SourceError,
+    TransferError,
+    TruncatedError,
+    TrustError,
+)
 
 WITHOUT_HTTP = """
 import sys
@@ -50,6 +56,16 @@ def test_whatever_names_an_artifact_on_this_machine_is_inspected_and_verified(pa
     ):
         assert plyweight.inspect(source) == receipt
         assert plyweight.verify(source) == layers
+
+
+def test_what_is_inspected_can_be_pinned(path, data):
+    receipt = plyweight.inspect(path)
+    with hostile(data) as server:
+        for address in (path, server.url):
+            pinned = plyweight.inspect(address, artifact_id=receipt.artifact_id)
+            assert pinned.artifact_id == receipt.artifact_id
+            with pytest.raises(TrustError, match="was asked for"):
+                plyweight.inspect(address, artifact_id="0" * 64)
 
 
 def test_inspect_of_a_url_is_the_receipt_of_the_file_and_what_was_moved(path, data, tmp_path):

@@ -14,6 +14,7 @@ from plyweight.artifact import Receipt, Source
 from plyweight.artifact import inspect as inspect_local
 from plyweight.artifact.reader import naming, num_held
 from plyweight.artifact.receipt import receipt_of
+from plyweight.errors import TrustError
 
 if TYPE_CHECKING:
     from plyweight.delivery import RemoteSource, Transfer
@@ -41,6 +42,7 @@ class RemoteReceipt(Receipt):
 def inspect(
     address: "str | os.PathLike[str] | Source | RemoteSource",
     *,
+    artifact_id: str | None = None,
     token: str | None = None,
     allow_http: bool = False,
     patience_s: float = 20.0,
@@ -51,6 +53,7 @@ def inspect(
         address: a file, whole or a prefix; the folder of a split artifact or its ``layers.json``; a
             URL (https, http, s3, gs, az, hf), whose receipt is a :class:`RemoteReceipt`; or a
             source.
+        artifact_id: 64 hexadecimal digits that the artifact must have.
         token: for the host of a URL and no other; a Hub address uses that of this user.
         allow_http: allow plain http to other machines.
         patience_s: give up a URL when nothing arrives for so long.
@@ -61,14 +64,27 @@ def inspect(
 
     Raises:
         ArtifactError: If the header is wrong, or the file does not end where a layer does.
+        TrustError: If it is not that of ``artifact_id``.
         DeliveryError: If it cannot be opened or read, or does not arrive.
         ImportError: If an extra is needed that is not installed.
     """
     if _is_local(address):
-        return inspect_local(address)
+        receipt = inspect_local(address)
+        if artifact_id not in (None, receipt.artifact_id):
+            raise TrustError(
+                f"{address} is artifact {receipt.artifact_id}, but {artifact_id} was asked for; "
+                "check the path and where the id is from."
+            )
+        return receipt
     from plyweight.delivery import fetch_header
 
-    found = fetch_header(address, token=token, allow_http=allow_http, patience_s=patience_s)
+    found = fetch_header(
+        address,
+        artifact_id=artifact_id,
+        token=token,
+        allow_http=allow_http,
+        patience_s=patience_s,
+    )
     header, total = found.header, found.total_bytes
     with naming(found.name):
         held = len(header.layers) if total is None else num_held(header, total)

@@ -75,6 +75,12 @@ def test_inspect_of_a_prefix_behind_a_url_tells_what_is_not_there(capsys, data):
     assert [("not in this file" in line) for line in lines[1:4]] == [False, False, True]
 
 
+def test_inspect_refuses_another_artifact_than_the_pinned_one(capsys, data):
+    with hostile(data) as server:
+        result = run(capsys, "inspect", server.url, "--id", "0" * 64)
+    assert_one_sentence(result, "was asked for")
+
+
 def test_inspect_of_a_url_that_does_not_answer_gives_up_soon(capsys):
     with hostile(b"", refuse=503) as server:
         result = run(capsys, "inspect", server.url, "--patience", "0.2")

@@ -13,11 +13,11 @@ from plyweight.cli.calling import (
     TOKEN,
     AllowHttp,
     Artifact,
+    ArtifactId,
     AsJson,
     Authorities,
     Patience,
     PublicKey,
-    parse_id,
     print_json,
     refuse_together,
 )
@@ -52,6 +52,7 @@ def inspect(
     artifact: Annotated[
         str, typer.Argument(metavar="FILE", help="An artifact, whole or a prefix; or its URL.")
     ],
+    artifact_id: ArtifactId = None,
     allow_http: AllowHttp = False,
     patience: Patience = 20,
     as_json: AsJson = False,
@@ -61,6 +62,7 @@ def inspect(
 
     receipt = inspect_artifact(
         artifact,
+        artifact_id=artifact_id,
         token=os.environ.get(TOKEN) or None,
         allow_http=allow_http,
         patience_s=patience,
@@ -146,12 +148,7 @@ def join(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a split artifact.")],
     path: Annotated[Path, typer.Argument(metavar="FILE", help="The artifact to write.")],
     bit_width: BitWidth = None,
-    artifact_id: Annotated[
-        str | None,
-        typer.Option(
-            "--id", parser=parse_id, metavar="HEX", help="Id that the artifact must have."
-        ),
-    ] = None,
+    artifact_id: ArtifactId = None,
     as_json: AsJson = False,
 ) -> None:
     """Put a split artifact together again; every byte is verified."""

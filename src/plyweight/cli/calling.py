@@ -20,6 +20,7 @@ __all__ = [
     "TOKEN",
     "AllowHttp",
     "Artifact",
+    "ArtifactId",
     "AsJson",
     "Authorities",
     "CacheFolder",
@@ -126,6 +127,12 @@ def parse_id(text: str) -> str:
             f"{text!r} is no artifact id; give its 64 hexadecimal digits, in lower case."
         )
     return digits
+
+
+ArtifactId = Annotated[
+    str | None,
+    typer.Option("--id", parser=parse_id, metavar="HEX", help="Id that the artifact must have."),
+]
 
 
 def refuse_together(**options: object) -> None:

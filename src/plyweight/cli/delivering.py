@@ -15,6 +15,7 @@ import typer
 from plyweight.cli.calling import (
     TOKEN,
     AllowHttp,
+    ArtifactId,
     AsJson,
     Authorities,
     CacheFolder,
@@ -22,7 +23,6 @@ from plyweight.cli.calling import (
     Patience,
     PublicKey,
     note,
-    parse_id,
     parse_seconds,
     parse_size,
     print_json,
@@ -74,12 +74,7 @@ def fetch(
             help="The widest that arrives in time, such as 5.",
         ),
     ] = None,
-    artifact_id: Annotated[
-        str | None,
-        typer.Option(
-            "--id", parser=parse_id, metavar="HEX", help="Id that the artifact must have."
-        ),
-    ] = None,
+    artifact_id: ArtifactId = None,
     public_key: PublicKey = None,
     authorities: Authorities = None,
     sidecar: Annotated[
