@@ -17,9 +17,16 @@ def accuracy():
     spec = importlib.util.spec_from_file_location("accuracy", PATH)
     module = importlib.util.module_from_spec(spec)
     path = list(sys.path)  # which the benchmark adds the example to
+    sys.path.insert(0, str(PATH.parent))
     spec.loader.exec_module(module)
     sys.path[:] = path
     return module
+
+
+@pytest.fixture(scope="module")
+def found(accuracy):
+    """How runs are compared."""
+    return sys.modules[accuracy.Found.__module__]
 
 
 @pytest.fixture
@@ -66,21 +73,21 @@ def test_what_is_no_run_is_refused(accuracy, text):
         accuracy.Run.parse(text)
 
 
-def test_a_difference_is_paired_image_by_image(accuracy):
+def test_a_difference_is_paired_image_by_image(found):
     # Four images: the first network gets two right that the second one does not.
     first = {0: np.array([True, True, True, False]), 1: np.array([True] * 4)}
     second = {0: np.array([True, False, False, False])}
-    mean, error = accuracy.difference(first, second)
+    mean, error = found.difference(first, second)
     assert mean == 50
     assert error == pytest.approx(100 * math.sqrt(1 / 3) / 2, abs=1e-3)  # of 0, 1, 1, 0
-    assert accuracy.difference(first, first) == [0, 0]
-    assert accuracy.difference(first, {}) is None
+    assert found.difference(first, first) == [0, 0]
+    assert found.difference(first, {}) is None
 
 
-def test_differences_are_those_of_seeds_that_both_have(accuracy):
+def test_differences_are_those_of_seeds_that_both_have(found):
     first = {0: np.array([True, True]), 1: np.array([False, False])}
     second = {1: np.array([False, True]), 2: np.array([True, True])}
-    assert accuracy.difference(first, second)[0] == -50
+    assert found.difference(first, second)[0] == -50
 
 
 def with_recipe(**changes):
@@ -96,12 +103,13 @@ def with_recipe(**changes):
         ("dedicated-2:0", {"width_weights": {"2": 1.0}, "sampling": "sandwich"}),
         ("dedicated-2:0", {"width_weights": None}),  # made before there was such a field
         ("calibrated:0", {"learning_rate": 0.1, "width_weights": None}),
+        ("layered-all:0", {"sampling": "sandwich"}),
         ("layered:1", {"teacher": "none"}),  # which is what a recipe without the field says
     ],
 )
-def test_runs_that_differ_in_what_they_do_not_heed_stand_in_one_table(accuracy, name, changes):
-    layered, run = accuracy.Run.parse("layered:0"), accuracy.Run.parse(name)
-    accuracy.check_alike({layered: with_recipe(), run: with_recipe(**changes)})
+def test_runs_that_differ_in_what_they_do_not_heed_stand_in_one_table(found, name, changes):
+    layered, run = found.Run.parse("layered:0"), found.Run.parse(name)
+    found.check_alike({layered: with_recipe(), run: with_recipe(**changes)})
 
 
 @pytest.mark.parametrize(
@@ -109,12 +117,13 @@ def test_runs_that_differ_in_what_they_do_not_heed_stand_in_one_table(accuracy, 
     [
         ("layered:1", {"width_weights": {"2": 4.0}}, "width_weights"),
         ("layered:1", {"sampling": "sandwich"}, "sampling"),
+        ("layered-all:0", {"width_weights": {"2": 4.0}}, "width_weights"),
         ("dedicated-2:0", {"learning_rate": 0.1}, "learning_rate"),
         ("dedicated-2:0", {"teacher": "float"}, "teacher"),
         ("calibrated:0", {"calibration_batches": 4}, "calibration_batches"),
     ],
 )
-def test_runs_of_two_recipes_are_refused_by_name(accuracy, name, changes, named):
-    layered, run = accuracy.Run.parse("layered:0"), accuracy.Run.parse(name)
+def test_runs_of_two_recipes_are_refused_by_name(found, name, changes, named):
+    layered, run = found.Run.parse("layered:0"), found.Run.parse(name)
     with pytest.raises(SystemExit, match=f"layered:0 and {name} differ in {named} "):
-        accuracy.check_alike({layered: with_recipe(), run: with_recipe(**changes)})
+        found.check_alike({layered: with_recipe(), run: with_recipe(**changes)})
