@@ -336,9 +336,9 @@ def test_a_local_source_is_copied_and_has_no_name_to_remember(tiny, cache):
 
 def test_the_header_alone_can_be_read(tiny):
     source = FakeSource(tiny[0], piece=1024)
-    header, transfer = read_header(source)
-    assert header == tiny[1]
-    assert transfer.received_bytes == source.sent == header.data_start
+    found = read_header(source)
+    assert (found.header, found.total_bytes) == (tiny[1], len(tiny[0]))
+    assert found.transfer.received_bytes == source.sent == found.header.data_start
     with pytest.raises(TrustError, match="was asked for"):
         read_header(source, artifact_id="0" * 64)
 
