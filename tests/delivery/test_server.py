@@ -35,7 +35,8 @@ def folder(tmp_path):
     (root / "layers.json.sig").write_bytes(b"signature")
     for name in ("header.bin", "layer-0.bin", "layer-12.bin"):
         (root / name).write_bytes(b"x")
-    for name in ("notes.txt", "id_rsa", "model.pickle", ".hidden.safetensors", "data.bin"):
+    secrets = ("notes.txt", "id_rsa", "key.pem", "mail.sig", "model.pickle", "data.bin")
+    for name in (*secrets, ".hidden.safetensors"):
         (root / name).write_bytes(b"secret")
     (root / ".git" / "net.safetensors").write_bytes(b"secret")
     (tmp_path / "outside.safetensors").write_bytes(b"secret")
@@ -204,7 +205,8 @@ def test_the_list_shows_artifacts_and_nothing_else(client):
 @pytest.mark.parametrize(
     "path",
     [
-        "/notes.txt", "/id_rsa", "/model.pickle", "/data.bin", "/.hidden.safetensors",
+        "/notes.txt", "/id_rsa", "/key.pem", "/mail.sig", "/model.pickle", "/data.bin",
+        "/.hidden.safetensors",
         "/.git/net.safetensors", "/deep", "/deep/", "/deep/er", "/none.safetensors",
         "/../outside.safetensors", "/%2e%2e/outside.safetensors", "/..%2foutside.safetensors",
         "/deep/../../outside.safetensors", "/deep/%2e%2e/%2e%2e/outside.safetensors",
@@ -239,6 +241,9 @@ def test_links_that_lead_out_are_not_followed(server, client, folder):
     for name in ("out", "way/outside", "loop", "pipe", "folder"):
         assert client.get(f"/{name}.safetensors").status_code == 404
     assert client.get("/in.safetensors").content == DATA
+    deep = "deep/er/with%20space%20%26%20%3Cb%3E.safetensors"
+    names = ("in.safetensors", "layers.json", NAME, deep)
+    assert server.addresses == [f"{server.url}/{name}" for name in names]
     listed = client.get("/").text
     assert "in.safetensors" in listed
     for name in ("out", "way", "loop", "pipe", "folder"):

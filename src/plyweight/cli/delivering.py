@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
 
 import typer
 
@@ -168,7 +167,7 @@ def serve(
     )
     try:
         with server:
-            urls = [f"{server.url}/{quote(name)}" for name in _served(folder)]
+            urls = server.addresses
             if as_json:
                 print_json({"url": server.url, "artifacts": urls})
             else:
@@ -285,20 +284,6 @@ def _spoken_warnings() -> Iterator[None]:
         warnings.simplefilter("always", TrustWarning)
         warnings.showwarning = show
         yield
-
-
-# --- serve: what is there -----------------------------------------------------------------------
-
-
-def _served(folder: Path) -> list[str]:
-    """The addresses to fetch from, below the server's own."""
-    names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return [
-        name.as_posix()
-        for name in names
-        if (name.suffix == ".safetensors" or name.name == "layers.json")
-        and not any(part.startswith(".") for part in name.parts)
-    ]
 
 
 def _is_loopback(host: str) -> bool:

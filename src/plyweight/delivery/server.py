@@ -30,12 +30,14 @@ from typing import Any, BinaryIO, Self
 from urllib.parse import quote, unquote, urlsplit
 
 from plyweight.artifact import ByteRange
+from plyweight.artifact.sidecar import SIDECAR_FILE
 from plyweight.errors import SourceError
 
 __all__ = ["FolderServer", "serve"]
 
-# An artifact, its sidecar, what `split` makes of it, and what signs them.
-SERVED = re.compile(r".*\.safetensors|.*layers\.json|header\.bin|layer-\d+\.bin|.*\.(?:sig|pem)")
+# An artifact, what `split` makes of it, its sidecar and the signature of that. No .pem: it may as
+# well be the private key that signed.
+SERVED = re.compile(r".*\.safetensors|header\.bin|layer-\d+\.bin|.*layers\.json(?:\.sig)?")
 RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII | re.IGNORECASE)
 IDLE_S = 60.0  # a connection that neither asks nor takes anything for so long is closed
 MAX_CONNECTIONS = 256
@@ -86,6 +88,15 @@ class FolderServer:
         if shown in ("0.0.0.0", "::"):
             shown = socket.gethostname()
         return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+    @property
+    def addresses(self) -> list[str]:
+        """What to fetch: an address for every artifact that is there, in one file or split."""
+        return [
+            f"{self.url}/{quote(name)}"
+            for name, _ in _listed(self._server.root)
+            if name.endswith(".safetensors") or name.rpartition("/")[2] == SIDECAR_FILE
+        ]
 
     def start(self) -> Self:
         """Answer requests, until :meth:`stop`."""
