@@ -182,10 +182,15 @@ def test_offline_is_said(open_source, monkeypatch):
             read(source)
 
 
-def test_an_endpoint_of_plain_http_on_another_machine_needs_the_permission(open_source):
+@pytest.mark.parametrize("revision", ["main", "0" * 40])
+def test_a_hub_of_plain_http_on_another_machine_is_told_nothing(open_source, revision, monkeypatch):
+    def send(*arguments, **options):
+        raise AssertionError("something was sent")
+
     with environment({"HF_ENDPOINT": "http://hub.example"}):
-        source = open_source(f"hf://owner/model@{'0' * 40}/net")
-        with pytest.raises(SourceError, match="plain http"):
+        source = open_source(f"hf://owner/model@{revision}/net", token="secret")
+        monkeypatch.setattr("httpx2.Client.send", send)
+        with pytest.raises(SourceError, match=r"the Hub at http://hub\.example is plain http"):
             read(source)
 
 

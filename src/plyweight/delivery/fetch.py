@@ -143,7 +143,7 @@ def fetch(
             ``.layers.json`` after it. Its signature has ``.sig`` after that.
         cache: a folder or ``Cache``; None for the one of this user.
         token: for the host of ``address`` and no other; a Hub address uses that of this user.
-        allow_http: allow plain http to other machines.
+        allow_http: allow plain http to other machines, to which a token goes in clear.
         allow_rollback: accept a revision older than this address has had.
         refresh: ask whether the address has something newer than what it stands for here.
         verify: read again what is here already, and fetch anew what is damaged.

@@ -31,7 +31,7 @@ except ImportError as error:
         'reading from a web server needs httpx2; run: pip install "plyweight[http]"'
     ) from error
 
-__all__ = ["HttpSource"]
+__all__ = ["HttpSource", "require_private"]
 
 MAX_REDIRECTS = 5
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -81,11 +81,7 @@ class HttpSource:
         self._name = name or f"{_site(self._url)}{self._url.path}"
         self._allow_http, self._head_timeout_s = allow_http, head_timeout_s
         self._authorization = _authorization(self._name, token, userinfo)
-        if not self._may_be_plain(self._url):
-            raise SourceError(
-                f"{self._name} is plain http, where anybody on the way can change bytes; use "
-                "https, or allow it with `allow_http` (--allow-http)."
-            )
+        _require_private(self._url, self._name, allow_http=allow_http)
         self._client = httpx2.Client(
             headers={"Accept-Encoding": "identity", "User-Agent": "plyweight"},
             timeout=httpx2.Timeout(read_timeout_s, connect=connect_timeout_s),
@@ -226,7 +222,7 @@ class HttpSource:
         self._require_reachable(url, frozenset({kind_of(peer)}))
 
     def _may_be_plain(self, url: httpx2.URL) -> bool:
-        return url.scheme == "https" or self._allow_http or says_loopback(url.host)
+        return _may_be_plain(url, allow_http=self._allow_http)
 
     def _is_home(self, url: httpx2.URL) -> bool:
         return url == self._url
@@ -236,6 +232,27 @@ class HttpSource:
         if _is_same_host(self._url, url):
             return self.name
         return f"{self.name}, redirected to {_site(url)},"
+
+
+def require_private(url: str, name: str, *, allow_http: bool) -> None:
+    """Refuse plain http to another machine, unless it is allowed, before anything is sent there.
+
+    Raises:
+        SourceError: If ``url``, which messages call ``name``, may not be used.
+    """
+    _require_private(_parse(url)[0], name, allow_http=allow_http)
+
+
+def _require_private(url: httpx2.URL, name: str, *, allow_http: bool) -> None:
+    if not _may_be_plain(url, allow_http=allow_http):
+        raise SourceError(
+            f"{name} is plain http, where anybody on the way can read a token and change bytes; "
+            "use https, or allow it with `allow_http` (--allow-http)."
+        )
+
+
+def _may_be_plain(url: httpx2.URL, *, allow_http: bool) -> bool:
+    return url.scheme == "https" or allow_http or says_loopback(url.host)
 
 
 # --- small readings of URLs and headers ---------------------------------------------------------

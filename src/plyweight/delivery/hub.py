@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from urllib.parse import unquote
 
 from plyweight.artifact import ByteRange
-from plyweight.delivery.http import HttpSource
+from plyweight.delivery.http import HttpSource, require_private
 from plyweight.delivery.replies import is_transient, retry_after
 from plyweight.delivery.source import RemoteSource, Reply
 from plyweight.errors import SourceError, TransferError
@@ -56,7 +56,8 @@ def hub_source(address: str, *, token: str | None = None, allow_http: bool = Fal
         address: as the module says.
         token: of the Hub; by default the one that huggingface_hub has (``HF_TOKEN``, or that of
             ``hf auth login``).
-        allow_http: allow an ``HF_ENDPOINT`` that is plain http on another machine.
+        allow_http: allow an ``HF_ENDPOINT`` that is plain http on another machine; the token goes
+            there in clear then.
 
     Raises:
         SourceError: If the address is not one of the Hub.
@@ -107,6 +108,9 @@ class _HubSource:
 
     def _found(self) -> HttpSource:
         """The file in the commit that the revision means now."""
+        # The question which commit it is has the token already.
+        at = f"the Hub at {self._endpoint}"
+        require_private(self._endpoint, at, allow_http=self._allow_http)
         with self._errors():
             commit = self._commit()
             url = hf_hub_url(self._repo, self._path, revision=commit, endpoint=self._endpoint)

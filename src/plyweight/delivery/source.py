@@ -117,7 +117,8 @@ def open_remote(
         address: a URL, a path, or a source itself.
         token: sent as a bearer token to the host of ``address`` and to no other.
         allow_http: allow ``http://``, where anybody on the way can read and change bytes (the
-            digests show a change, but only if the artifact's id or signature is known).
+            digests show a change, but only if the artifact's id or signature is known), and can
+            read the token, which is sent in clear.
 
     Raises:
         SourceError: If there is no source for that address, or it may not be used.
