@@ -2,7 +2,7 @@
 
 import pytest
 from artifact.builders import MODEL, big_content, build, layer_contents
-from delivery.servers import hostile, plain_server
+from delivery.servers import NAME, hostile, plain_server
 
 from plyweight.artifact import ArtifactReader, Header, ModelInfo, Sidecar, write_artifact
 from plyweight.delivery.fetch import evict, fetch, fetch_header, is_remote
@@ -231,6 +231,18 @@ def test_a_sidecar_elsewhere_may_be_named_and_one_without_a_key_is_refused(data,
         assert fetched.header.artifact_id == id_of(data)
         with pytest.raises(LayeringError, match="nothing to verify it with"):
             fetch(f"{server.url}/{name}", sidecar="layers.json")
+
+
+def test_the_sidecar_is_asked_for_with_user_and_query_of_the_artifact(tmp_path):
+    _, public = keys(tmp_path)
+    with hostile(b"", refuse=404) as server:
+        address = server.url.replace("//", "//jo:s3cret@") + "?X-Signature=s3cret#part"
+        with pytest.raises(SourceError, match="answered 404") as caught:
+            fetch(address, public_key=public)
+    assert "s3cret" not in str(caught.value)
+    (request,) = server.requests
+    assert request.path == f"/{NAME}.layers.json?X-Signature=s3cret"
+    assert request.headers["authorization"].startswith("Basic ")
 
 
 def test_a_sidecar_that_is_too_large_is_not_read(data, tmp_path):

@@ -5,9 +5,11 @@ import json
 import pytest
 from artifact.builders import big_content, build
 from delivery.servers import hostile, nginx, plain_server, s3
+from delivery.test_fetch import keys
 
 from plyweight.artifact import ArtifactReader, Header, split, write_artifact
 from plyweight.delivery.fetch import fetch
+from plyweight.delivery.signing import sign
 from plyweight.delivery.source import open_remote
 from plyweight.errors import ArtifactError, SourceError, TrustError
 
@@ -96,6 +98,22 @@ def test_parts_of_another_artifact_are_not_the_one_that_was_asked_for(folder, tm
             artifact_id=Header.parse((folder / "net").read_bytes()).artifact_id,
             cache=tmp_path / "cache",
         )
+
+
+def test_the_sidecar_of_the_parts_is_what_is_signed(folder, tmp_path):
+    private, public = keys(tmp_path)
+    write_artifact(tmp_path / "net", **big_content(shape=(256, 512)))
+    split(tmp_path / "net", tmp_path / "split")
+    sign(tmp_path / "split" / "layers.json", private_key=private)
+    options = {"public_key": public, "cache": tmp_path / "cache"}
+    with plain_server(tmp_path) as server:
+        address = f"{server.url}/split/layers.json"
+        assert fetch(address, bit_width=2, **options).bit_width == 2
+        assert fetch(address, sidecar=address, **options).bit_width == 3
+        forged = (folder / "split" / "layers.json").read_bytes()
+        (tmp_path / "split" / "layers.json").write_bytes(forged)
+        with pytest.raises(TrustError, match=r"is no signature of http://.*/split/layers\.json by"):
+            fetch(address, **options)
 
 
 def test_a_query_cannot_be_meant_for_every_file():

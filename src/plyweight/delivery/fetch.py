@@ -10,7 +10,6 @@ stands for at its first use, which is warned about once and remembered.
 """
 
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import TypedDict
 
 from plyweight.artifact import ByteRange, Header, Source
-from plyweight.artifact.sidecar import MAX_SIDECAR_BYTES
 from plyweight.delivery.budget import Budget, Choice
 from plyweight.delivery.cache import Cache
 from plyweight.delivery.client import (
@@ -34,19 +32,11 @@ from plyweight.delivery.client import (
 from plyweight.delivery.filling import Destination
 from plyweight.delivery.gauge import MOST_BYTES, Gauge
 from plyweight.delivery.refs import Ref
-from plyweight.delivery.retry import Patience
-from plyweight.delivery.signing import MAX_SIGNATURE_BYTES, verify_signature
 from plyweight.delivery.source import LocalSource, RemoteSource, open_remote
 from plyweight.delivery.standing import StandingFile
 from plyweight.delivery.transfer import Progress, Transfer
-from plyweight.errors import (
-    LayeringError,
-    SourceError,
-    TransferError,
-    TrustError,
-    TrustWarning,
-    listed,
-)
+from plyweight.delivery.trusting import agreed, signed_id
+from plyweight.errors import SourceError, TrustWarning, listed
 
 __all__ = ["FetchOptions", "Fetched", "evict", "fetch", "fetch_header", "is_remote"]
 
@@ -140,7 +130,8 @@ def fetch(
         public_key: path of the key (PEM) that must have signed its sidecar; or
         authorities: paths of certificates (PEM), one of which must vouch for who signed it.
         sidecar: address of the signed ``layers.json``; by default the artifact's own with
-            ``.layers.json`` after it. Its signature has ``.sig`` after that.
+            ``.layers.json`` after its path, or that of the ``layers.json`` of a split one. Its
+            signature has ``.sig`` after that.
         cache: a folder or ``Cache``; None for the one of this user.
         token: for the host of ``address`` and no other; a Hub address uses that of this user.
         allow_http: allow plain http to other machines, to which a token goes in clear.
@@ -167,10 +158,17 @@ def fetch(
     kept_in = cache if isinstance(cache, Cache) else Cache(cache)
     into: Destination = kept_in if to is None else StandingFile(to, cache=kept_in)
     with _opened(address, token=token, allow_http=allow_http) as source:
-        signed_id = _signed_id(
-            source, sidecar, public_key, authorities, token, allow_http, patience_s
+        signed = signed_id(
+            address,
+            source,
+            sidecar=sidecar,
+            public_key=public_key,
+            authorities=authorities,
+            token=token,
+            allow_http=allow_http,
+            patience_s=patience_s,
         )
-        pin = _agreed(artifact_id, signed_id)
+        pin = agreed(artifact_id, signed)
         gauge = Gauge(source, most_s=_share(deadline_s), patience_s=patience_s)
         choices: list[Choice] = []
 
@@ -316,69 +314,3 @@ def _held_bytes(into: Destination, header: Header) -> int:
         if held is not None:
             return header.prefix_bytes(bit_width)
     return 0
-
-
-def _agreed(artifact_id: str | None, signed_id: str | None) -> str | None:
-    """The one id, if there is one."""
-    if artifact_id is not None and signed_id is not None and artifact_id != signed_id:
-        raise TrustError(
-            f"artifact_id is {artifact_id}, but the signature is of {signed_id}; ask the publisher "
-            "which of them is meant."
-        )
-    return artifact_id or signed_id
-
-
-def _signed_id(
-    source: RemoteSource,
-    sidecar: PathLike | None,
-    public_key: PathLike | None,
-    authorities: Sequence[PathLike],
-    token: str | None,
-    allow_http: bool,
-    patience_s: float,
-) -> str | None:
-    """The artifact id that the signature vouches for; None if none is asked for."""
-    if public_key is None and not authorities:
-        if sidecar is not None:
-            raise LayeringError(
-                "sidecar was given, but nothing to verify it with; give public_key or authorities."
-            )
-        return None
-    where = os.fspath(sidecar) if sidecar is not None else f"{source.name}.layers.json"
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder, "layers.json")
-        signature = local.with_name("layers.json.sig")
-        for path, address, most in (
-            (local, where, MAX_SIDECAR_BYTES),
-            (signature, f"{where}.sig", MAX_SIGNATURE_BYTES),
-        ):
-            # The token is for the host of the artifact; another sidecar may be anywhere.
-            own = token if sidecar is None else None
-            with _opened(address, token=own, allow_http=allow_http) as small:
-                path.write_bytes(_read_small(small, most, patience_s))
-        try:
-            return verify_signature(
-                local, public_key=public_key, authorities=authorities, signature=signature
-            )
-        except TrustError as error:
-            raise TrustError(str(error).replace(str(local), where)) from error
-
-
-def _read_small(source: RemoteSource, most_bytes: int, patience_s: float) -> bytes:
-    """All of a small object."""
-    patience, failures = Patience(patience_s), 0
-    while True:
-        try:
-            with source.get(ByteRange(0, most_bytes + 1)) as reply:
-                data = bytearray()
-                for piece in reply.body:
-                    data += piece
-                    if len(data) > most_bytes:
-                        raise SourceError(
-                            f"{source.name} has more than the {most_bytes} bytes that a sidecar or "
-                            "signature may have; check the address."
-                        )
-                return bytes(data)
-        except TransferError as error:
-            failures += 1
-            patience.pause(failures, error)

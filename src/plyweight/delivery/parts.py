@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from plyweight.artifact import ByteRange, Sidecar
 from plyweight.artifact.sidecar import MAX_SIDECAR_BYTES, Part
-from plyweight.delivery.source import RemoteSource, Reply
+from plyweight.delivery.source import RemoteSource, Reply, read_small
 from plyweight.errors import SourceError, StaleError, TransferError
 
 __all__ = ["PartsSource"]
@@ -32,6 +32,8 @@ class PartsSource:
     Raises:
         SourceError: If the address has a query, which the other files would need as well.
     """
+
+    is_split = True
 
     def __init__(self, address: str, open_source: Callable[[str], RemoteSource]) -> None:
         if "?" in address or "#" in address:
@@ -89,13 +91,7 @@ class PartsSource:
     def _read_sidecar(self, *, again: bool) -> Sidecar:
         with self._lock:
             if self._sidecar is None or again:
-                data = bytearray()
-                with self._sidecar_source.get(ByteRange(0, MAX_SIDECAR_BYTES + 1)) as reply:
-                    for piece in reply.body:
-                        data += piece
-                        if len(data) > MAX_SIDECAR_BYTES:
-                            break  # and the parser says so
-                self._sidecar = Sidecar.parse(data)
+                self._sidecar = Sidecar.parse(read_small(self._sidecar_source, MAX_SIDECAR_BYTES))
             return self._sidecar
 
     def _source_of(self, part: Part) -> RemoteSource:

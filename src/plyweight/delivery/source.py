@@ -16,11 +16,19 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from plyweight.artifact import ByteRange, Source, open_source
+from plyweight.artifact import ByteRange, FileSource, Source, open_source
 from plyweight.artifact.sidecar import SIDECAR_FILE
-from plyweight.errors import SourceError
+from plyweight.errors import SourceError, TransferError
 
-__all__ = ["LocalSource", "RemoteSource", "Reply", "open_remote"]
+__all__ = [
+    "LocalSource",
+    "RemoteSource",
+    "Reply",
+    "is_split",
+    "open_file",
+    "open_remote",
+    "read_small",
+]
 
 PIECE_BYTES = 2**20  # of a local body, so that nothing large is held at once
 
@@ -131,15 +139,27 @@ def open_remote(
         from plyweight.delivery.parts import PartsSource
 
         return PartsSource(
-            str(address), lambda file: _open_file(file, token=token, allow_http=allow_http)
+            str(address), lambda file: open_file(file, token=token, allow_http=allow_http)
         )
     if scheme:
-        return _open_file(str(address), token=token, allow_http=allow_http)
+        return open_file(str(address), token=token, allow_http=allow_http)
     return LocalSource(open_source(address))
 
 
-def _open_file(address: str, *, token: str | None, allow_http: bool) -> RemoteSource:
-    """The source of the one file at that URL."""
+def open_file(address: str, *, token: str | None = None, allow_http: bool = False) -> RemoteSource:
+    """The source of one file, whatever it holds: of a ``layers.json``, its own bytes.
+
+    Args:
+        address: a URL or a path.
+        token: as :func:`open_remote` takes it.
+        allow_http: as :func:`open_remote` takes it.
+
+    Raises:
+        SourceError: If there is no source for that address, or it may not be used.
+        ImportError: If what the source needs is not installed.
+    """
+    if "://" not in address:
+        return LocalSource(FileSource(address))
     scheme = address.partition("://")[0]
     if scheme in ("http", "https"):
         from plyweight.delivery.http import HttpSource
@@ -157,3 +177,36 @@ def _open_file(address: str, *, token: str | None, allow_http: bool) -> RemoteSo
         f"the address has the scheme {scheme!r}; https, http, s3, gs, az and hf are known, and "
         "plain paths."
     )
+
+
+def read_small(source: RemoteSource, most_bytes: int) -> bytes:
+    """All of a small file, in as many replies as it comes in.
+
+    Raises:
+        TransferError: If another attempt may succeed.
+        StaleError: If it changes meanwhile.
+        SourceError: If it has more than ``most_bytes``, or the source refuses.
+    """
+    data, identity = bytearray(), None
+    while True:
+        before = len(data)
+        with source.get(ByteRange(before, most_bytes + 1), identity=identity) as reply:
+            position = reply.byte_range.start
+            for piece in reply.body:
+                data += piece[max(0, len(data) - position) :]
+                position += len(piece)
+                if len(data) > most_bytes:
+                    raise SourceError(
+                        f"{source.name} has more than the {most_bytes} bytes that a sidecar or "
+                        "signature may have; check the address."
+                    )
+            total, identity = reply.total_bytes, reply.identity
+        if total is None or len(data) >= total:
+            return bytes(data)
+        if len(data) == before:
+            raise TransferError(f"{source.name} sent {before} of {total} bytes and then none.")
+
+
+def is_split(source: RemoteSource) -> bool:
+    """Whether its object is in several files, one for each layer."""
+    return bool(getattr(source, "is_split", False))
