@@ -4,10 +4,12 @@ import json
 
 import pytest
 from artifact.builders import big_content, build
+from delivery.relay import relay
 from delivery.servers import hostile, nginx, plain_server, s3
 from delivery.test_fetch import keys
 
 from plyweight.artifact import ArtifactReader, Header, split, write_artifact
+from plyweight.delivery import chunks
 from plyweight.delivery.fetch import fetch
 from plyweight.delivery.signing import sign
 from plyweight.delivery.source import open_remote
@@ -35,6 +37,22 @@ def test_a_server_without_ranges_sends_the_files_that_a_bit_width_needs(folder, 
     assert (tmp_path / "net").read_bytes() == data
     prefix = header.prefix_bytes(2)
     assert first.transfer.received_bytes <= prefix + 2**20
+
+
+def test_a_server_without_ranges_sends_each_file_hardly_more_than_once(tmp_path, monkeypatch):
+    # So that the base layer takes 32 requests, each of which is answered with all of its file.
+    monkeypatch.setattr(chunks, "REQUEST_BYTES", 2**18)
+    write_artifact(tmp_path / "net", **big_content(shape=(2048, 16384)))
+    split(tmp_path / "net", tmp_path / "split")
+    header = Header.parse((tmp_path / "net").read_bytes())
+    with plain_server(tmp_path / "split") as server, relay(server.port) as between:
+        fetched = fetch(
+            f"{between.url}/layers.json", artifact_id=header.artifact_id, cache=tmp_path / "cache"
+        )
+    assert fetched.bit_width == header.bit_widths[-1]
+    # Two replies are hung up on before ranges are given up; what the sockets hold of them is sent.
+    assert between.sent <= 3 * header.file_bytes
+    assert fetched.transfer.received_bytes <= between.sent
 
 
 def test_a_server_with_ranges_serves_parts_too(folder, tmp_path):

@@ -55,7 +55,10 @@ class PartsSource:
 
     @contextmanager
     def get(self, byte_range: ByteRange, *, identity: str | None = None) -> Iterator[Reply]:
-        """Ask once for the part of ``byte_range`` that lies in one file."""
+        """Ask once for the part of ``byte_range`` that lies in one file.
+
+        Where the server ignores ranges the reply is all of that part, and says so.
+        """
         # Read again where no identity is known yet: the first request of a download.
         sidecar = self._read_sidecar(again=identity is None)
         if identity is not None and identity != sidecar.artifact_id:
@@ -74,12 +77,17 @@ class PartsSource:
         wanted = ByteRange(byte_range.start, min(byte_range.stop, stop))
         offset = part.offset + part.num_bytes - stop  # from the artifact to the file
         with self._source_of(part).get(wanted.shifted(offset)) as reply:
-            got = reply.byte_range.shifted(-offset)
+            # From here on counted from the first byte of the artifact, which a file that holds
+            # something else before the part has no number for.
+            position = reply.byte_range.start - offset
+            got = ByteRange(
+                max(position, stop - part.num_bytes), min(reply.byte_range.stop - offset, stop)
+            )
             yield Reply(
-                byte_range=ByteRange(wanted.start, min(got.stop, wanted.stop)),
+                byte_range=got,
                 total_bytes=sidecar.size,
                 identity=sidecar.artifact_id,
-                body=_between(reply.body, got.start, wanted),
+                body=_between(reply.body, position, got),
             )
 
     def close(self) -> None:

@@ -91,7 +91,7 @@ class Stream:
         identity: of the object, or None.
         total_bytes: of the object, or None.
         byte_range: that the reply covers.
-        ignores_range: whether it is more than what was asked for: everything, from byte 0.
+        ignores_range: whether it is more than what was asked for: all of a file.
     """
 
     def __init__(self, reply: Reply, asked: ByteRange, meter: Meter) -> None:
@@ -124,7 +124,7 @@ class Stream:
 def ask(
     source: RemoteSource, byte_range: ByteRange, *, identity: str | None, meter: Meter
 ) -> Iterator[Stream]:
-    """Ask once for ``byte_range``: a reply that starts there, or at byte 0, and is not empty.
+    """Ask once for ``byte_range``: a reply that starts there or before, and is not empty.
 
     Raises:
         TransferError: If another attempt may succeed.
@@ -141,7 +141,7 @@ def ask(
                 f"{source.name} ends at byte {got.stop}, but bytes {byte_range} were asked for; "
                 "fetch it again."
             )
-        if got.start not in (0, byte_range.start):
+        if got.start > byte_range.start:
             raise TransferError(
                 f"{source.name} answered with bytes {got} when {byte_range} were asked for."
             )
