@@ -245,6 +245,41 @@ def test_the_sidecar_is_asked_for_with_user_and_query_of_the_artifact(tmp_path):
     assert request.headers["authorization"].startswith("Basic ")
 
 
+def test_another_query_is_another_address(data, big, tmp_path):
+    with hostile(data, "swapped", other=big, after=1) as server, pytest.warns(TrustWarning):
+        one, two, again = (
+            fetch(f"{server.url}?id={number}", bit_width=2, cache=tmp_path / "cache")
+            for number in (1, 2, 1)
+        )
+    assert (one.header.artifact_id, two.header.artifact_id) == (id_of(data), id_of(big))
+    assert (again.header.artifact_id, again.transfer.requests) == (id_of(data), 0)
+
+
+def test_what_was_refused_was_not_trusted_yet(data, tmp_path):
+    with hostile(data) as server:
+        with pytest.warns(TrustWarning), pytest.raises(BudgetError):
+            fetch(server.url, max_bytes=10, cache=tmp_path / "cache")
+        with pytest.warns(TrustWarning):
+            fetch(server.url, cache=tmp_path / "cache")
+
+
+def test_an_address_that_was_signed_has_nothing_unsigned_later(data, tmp_path):
+    private, public = keys(tmp_path)
+    name = signed(tmp_path, data, private)
+    cache = tmp_path / "cache"
+    with plain_server(tmp_path) as server:
+        address = f"{server.url}/{name}"
+        fetch(address, public_key=public, cache=cache)
+        fetch(address, refresh=True, cache=cache)  # the same artifact is signed whoever asks
+        newer = ModelInfo(**{**vars(MODEL), "revision": MODEL.revision + 1})
+        newer_data = build(tmp_path / name, model=newer)
+        for options in ({"refresh": True}, {"refresh": True, "allow_rollback": True}):
+            with pytest.raises(TrustError, match="whose signature was verified, and has another"):
+                fetch(address, cache=cache, **options)
+        fetched = fetch(address, artifact_id=id_of(newer_data), cache=cache)
+    assert fetched.header.artifact_id == id_of(newer_data)
+
+
 def test_a_sidecar_that_is_too_large_is_not_read(data, tmp_path):
     private, public = keys(tmp_path)
     name = signed(tmp_path, data, private)

@@ -68,6 +68,7 @@ def download(
     choose: Callable[[Header], int],
     into: Destination,
     artifact_id: str | None = None,
+    is_signed: bool = False,
     trust: Trust | None = None,
     refs: Refs | None = None,
     refresh: bool = False,
@@ -90,6 +91,8 @@ def download(
         into: a :class:`~plyweight.delivery.cache.Cache` or a
             :class:`~plyweight.delivery.standing.StandingFile`.
         artifact_id: that the artifact must have; None for whatever the source has.
+        is_signed: whether a signature vouches for that id: from then on the source's name stands
+            for signed artifacts alone.
         trust: is asked before anything of the artifact is kept.
         refs: where the source's name is looked up and remembered (``Cache.refs``); None for a
             source whose name does not last, such as a path: its header is read every time.
@@ -121,6 +124,7 @@ def download(
         choose=choose,
         into=into,
         artifact_id=artifact_id,
+        is_signed=is_signed,
         trust=trust,
         refs=refs,
         verify=verify,
@@ -178,6 +182,7 @@ class _Session:
     choose: Callable[[Header], int]
     into: Destination
     artifact_id: str | None
+    is_signed: bool
     trust: Trust | None
     refs: Refs | None
     verify: bool
@@ -215,6 +220,7 @@ class _Session:
             self.into.repair(header.artifact_id)
         bit_width = self.choose(header)
         self._require_stored(opened, bit_width)
+        self._remember(opened)  # not before: what is refused was not trusted for anything
         for number in range(MAX_ROUNDS):
             artifact = self.into.opened(header, bit_width)
             if artifact is None:
@@ -255,16 +261,30 @@ class _Session:
         return self.refs.get(self.source.name) if self.refs is not None else None
 
     def _require_trusted(self, opened: Opened) -> None:
-        """From HEADER to TRUSTED; the name is remembered if the source itself has shown it."""
+        """From HEADER to TRUSTED."""
         header, known = opened.header, self._known()
-        if known is not None and self.artifact_id is None and not self.allow_rollback:
-            require_newer(header, known)
+        if known is not None and self.artifact_id is None:
+            require_signed_still(header, known)
+            if not self.allow_rollback:
+                require_newer(header, known)
         if self.trust is not None:
             self.trust(header, known)
+
+    def _remember(self, opened: Opened) -> None:
+        """Note what the name stands for, if the source itself has shown it."""
         if self.refs is None or opened.stream is None:
             return
+        header, known = opened.header, self._known()
         model = header.model
-        ref = Ref(self.source.name, header.artifact_id, model.name, model.revision, opened.identity)
+        is_same = known is not None and known.artifact_id == header.artifact_id
+        ref = Ref(
+            self.source.name,
+            header.artifact_id,
+            model.name,
+            model.revision,
+            opened.identity,
+            is_signed=self.is_signed or (is_same and known is not None and known.is_signed),
+        )
         # A pin is a choice for one time; it does not make an older revision good for all.
         is_older = known is not None and model.revision < known.revision
         if ref != known and not (self.artifact_id is not None and is_older):
@@ -279,6 +299,20 @@ class _Session:
                 f"{bit_width} bits need the first {needed} bytes, but {self.source.name} has "
                 f"{total}; ask for fewer bits, or for the whole artifact to be published there."
             )
+
+
+def require_signed_still(header: Header, known: Ref) -> None:
+    """Refuse another artifact, unsigned, under a name that stood for a signed one.
+
+    Raises:
+        TrustError: If it is one.
+    """
+    if known.is_signed and header.artifact_id != known.artifact_id:
+        raise TrustError(
+            f"{known.name} had an artifact whose signature was verified, and has another one now; "
+            "verify its signature too (public_key= or authorities=), or pin its id "
+            f"({header.artifact_id})."
+        )
 
 
 def require_newer(header: Header, known: Ref) -> None:

@@ -203,6 +203,7 @@ def fetch(
             choose=choose,
             into=into,
             artifact_id=pin,
+            is_signed=signed is not None,
             trust=trust,
             # Files at a path are trusted by the same notes as those in the cache.
             refs=None if isinstance(source, LocalSource) else kept_in.refs,

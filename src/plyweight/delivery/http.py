@@ -10,6 +10,7 @@ where its status, its Content-Range, its length and its ETag agree with each oth
 was asked; the bytes themselves are judged by the digests of the header.
 """
 
+import hashlib
 import re
 import ssl
 import threading
@@ -78,7 +79,7 @@ class HttpSource:
         head_timeout_s: float = 60.0,  # a slow connection, and a slow first byte after it
     ) -> None:
         self._url, userinfo = _parse(url)
-        self._name = name or f"{_site(self._url)}{self._url.path}"
+        self._name = name or _named(self._url)
         self._allow_http, self._head_timeout_s = allow_http, head_timeout_s
         self._authorization = _authorization(self._name, token, userinfo)
         _require_private(self._url, self._name, allow_http=allow_http)
@@ -93,7 +94,7 @@ class HttpSource:
 
     @property
     def name(self) -> str:
-        """The URL, without user, password and query."""
+        """The URL without user and password, and for the query, if any, a digest of it."""
         return self._name
 
     @contextmanager
@@ -290,6 +291,15 @@ def _authorization(name: str, token: str | None, userinfo: tuple[str, str] | Non
 
 def _site(url: httpx2.URL) -> str:
     return f"{url.scheme}://{url.netloc.decode('ascii')}"
+
+
+def _named(url: httpx2.URL) -> str:
+    """What may be shown of a URL, and is another for another URL.
+
+    A query often says which model it is, and often holds a signature that nobody may see.
+    """
+    digest = f"?[sha256 {hashlib.sha256(url.query).hexdigest()[:16]}]" if url.query else ""
+    return f"{_site(url)}{url.path}{digest}"
 
 
 def _port(url: httpx2.URL) -> int:

@@ -1,6 +1,7 @@
 """Refs: what a name stood for when it was last trusted.
 
-    refs/<sha256 of the name>      {"name", "artifact_id", "model", "revision", "identity"}
+    refs/<sha256 of the name>      {"name", "artifact_id", "model", "revision", "identity",
+                                    "is_signed"}
 
 A name once trusted stands for that artifact until it is asked for anew, and then never for an
 older revision: a server that shows yesterday's model, whose flaws are known, is refused.
@@ -35,6 +36,7 @@ class Ref:
         model: name of the model.
         revision: of the model.
         identity: of the object (an ETag); None if its server gave none.
+        is_signed: whether a signature was verified when it was trusted.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Ref:
     model: str
     revision: int
     identity: str | None
+    is_signed: bool = False
 
 
 class Refs:
@@ -98,6 +101,7 @@ def _read(path: Path) -> Ref:
         model=str(fields["model"]),
         revision=int(fields["revision"]),
         identity=None if fields["identity"] is None else str(fields["identity"]),
+        is_signed=bool(fields.get("is_signed", False)),
     )
 
 
