@@ -9,6 +9,7 @@
     with plain_server(folder) as server:                   Python's http.server: no Range, no ETag
     with s3({"a/b.safetensors": data}) as store:           f"{store.url}/a/b.safetensors"; store.put
     with hub({"a.safetensors": data}) as hub:              hub.address("a.safetensors"); hub.push
+                                                           and `hf upload`, as uploads.py says
     with raw_server(head_of(206, "X: y") + body) as url:   these bytes, whatever is asked
 
 ``s3`` and ``hub`` set the environment that clients read, and put it back; ``store.env`` and
@@ -50,7 +51,6 @@ import pytest
 from delivery.hostile import MODES, NAME, hostile, odd
 from delivery.local import (
     Certificate,
-    Handler,
     LocalServer,
     Request,
     certificate,
@@ -61,6 +61,7 @@ from delivery.local import (
     temporary_folder,
     wait_for_port,
 )
+from delivery.uploads import Uploads
 
 __all__ = [
     "MODES",
@@ -104,7 +105,7 @@ def plain_server(folder):
 class Nginx:
     """An nginx of its own over a folder."""
 
-    def __init__(self, folder, home, *, gzip=False, rate=None):
+    def __init__(self, folder, home, *, gzip=False, rate=None, lines=""):
         program = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
         if program is None:
             pytest.skip("nginx is not installed")
@@ -122,7 +123,7 @@ class Nginx:
                 access_log off; sendfile on; {temporary}
                 default_type application/octet-stream;
                 {packing} {f"limit_rate {rate}; sendfile_max_chunk 8k;" if rate else ""}
-                server {{ listen 127.0.0.1:{self.port}; root "{folder}"; }}
+                server {{ listen 127.0.0.1:{self.port}; root "{folder}"; {lines} }}
             }}""")
         self._command = [program, "-p", os.fspath(home), "-c", f"{home}/nginx.conf"]
         self._process = None
@@ -142,7 +143,10 @@ class Nginx:
 
 @contextlib.contextmanager
 def nginx(folder, **options):
-    """Nginx over a folder; ``gzip=True`` packs whatever it may, ``rate="1m"`` is bytes a second."""
+    """Nginx over a folder; ``gzip=True`` packs whatever it may, ``rate="1m"`` is bytes a second.
+
+    ``lines`` are more of its configuration, inside of ``server { }``.
+    """
     with temporary_folder() as home:
         server = Nginx(folder, home, **options)
         try:
@@ -180,12 +184,14 @@ def s3(files, *, bucket="models"):
 # --- the Hub's two endpoints ----------------------------------------------------------------
 
 
-class _Hub(Handler):
+class _Hub(Uploads):
     def answer(self):
         options = self.begin()
         token = options.token
         if token and self.headers.get("Authorization") != f"Bearer {token}":
             return self.reply(401, b"{}", X_Error_Code="GatedRepo")
+        if self.command == "POST":
+            return self.write()
         path = unquote(urlsplit(self.path).path)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             return self.revision(*match.groups())
@@ -220,10 +226,12 @@ class _Hub(Handler):
         return commit
 
 
-class _Cdn(Handler):
+class _Cdn(Uploads):
     def answer(self):
         blobs = self.begin().blobs
         digest = urlsplit(self.path).path.strip("/")
+        if self.command == "PUT":
+            return self.keep(digest, blobs)
         if "Authorization" in self.headers or digest not in blobs:
             return self.reply(400)  # as S3 does when there are two kinds of credentials
         return self.honest(blobs[digest], f'"{digest}"')
