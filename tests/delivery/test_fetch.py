@@ -277,7 +277,24 @@ def test_an_address_that_was_signed_has_nothing_unsigned_later(data, tmp_path):
             with pytest.raises(TrustError, match="whose signature was verified, and has another"):
                 fetch(address, cache=cache, **options)
         fetched = fetch(address, artifact_id=id_of(newer_data), cache=cache)
-    assert fetched.header.artifact_id == id_of(newer_data)
+        assert fetched.header.artifact_id == id_of(newer_data)
+        newest = ModelInfo(**{**vars(MODEL), "revision": MODEL.revision + 2})
+        build(tmp_path / name, model=newest)
+        with pytest.raises(TrustError, match="whose signature was verified"):  # a pin is for once
+            fetch(address, refresh=True, cache=cache)
+
+
+def test_an_address_that_is_signed_later_has_nothing_unsigned_from_then_on(data, tmp_path):
+    private, public = keys(tmp_path)
+    name = signed(tmp_path, data, private)
+    with plain_server(tmp_path) as server:
+        address = f"{server.url}/{name}"
+        with pytest.warns(TrustWarning):
+            fetch(address)
+        fetch(address, public_key=public)  # of the artifact that is here already
+        build(tmp_path / name, model=ModelInfo(**{**vars(MODEL), "revision": MODEL.revision + 1}))
+        with pytest.raises(TrustError, match="whose signature was verified"):
+            fetch(address, refresh=True)
 
 
 def test_a_sidecar_that_is_too_large_is_not_read(data, tmp_path):

@@ -12,7 +12,7 @@ digests judge. So a name stands for the artifact it was trusted for until ``refr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from plyweight.artifact import Header, Source
 from plyweight.artifact.reader import naming
@@ -271,20 +271,25 @@ class _Session:
             self.trust(header, known)
 
     def _remember(self, opened: Opened) -> None:
-        """Note what the name stands for, if the source itself has shown it."""
-        if self.refs is None or opened.stream is None:
+        """Note what the name stands for, if the source itself has shown it, and that it is signed.
+
+        A name that stood for a signed artifact goes on to be one of signed ones: a pin is a choice
+        for one time.
+        """
+        if self.refs is None:
             return
         header, known = opened.header, self._known()
         model = header.model
-        is_same = known is not None and known.artifact_id == header.artifact_id
-        ref = Ref(
-            self.source.name,
-            header.artifact_id,
-            model.name,
-            model.revision,
-            opened.identity,
-            is_signed=self.is_signed or (is_same and known is not None and known.is_signed),
-        )
+        is_signed = self.is_signed or (known is not None and known.is_signed)
+        if opened.stream is not None:
+            name = self.source.name
+            ref = Ref(
+                name, header.artifact_id, model.name, model.revision, opened.identity, is_signed
+            )
+        elif known is not None and known.artifact_id == header.artifact_id:
+            ref = replace(known, is_signed=is_signed)
+        else:
+            return
         # A pin is a choice for one time; it does not make an older revision good for all.
         is_older = known is not None and model.revision < known.revision
         if ref != known and not (self.artifact_id is not None and is_older):
