@@ -187,8 +187,9 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def test_trust_on_first_use_warns_once(data):
     with hostile(data) as server:
-        with pytest.warns(TrustWarning, match="is trusted on first use"):
+        with pytest.warns(TrustWarning, match="is trusted on first use") as warned:
             fetch(server.url, bit_width=2)
+        assert [warning.filename for warning in warned] == [__file__]  # whose line it is
         fetch(server.url, bit_width=3)  # a warning is an error here
 
 

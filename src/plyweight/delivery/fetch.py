@@ -11,7 +11,6 @@ stands for at its first use, which is warned about once and remembered.
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,8 +34,8 @@ from plyweight.delivery.refs import Ref
 from plyweight.delivery.source import LocalSource, RemoteSource, open_remote
 from plyweight.delivery.standing import StandingFile
 from plyweight.delivery.transfer import Progress, Transfer
-from plyweight.delivery.trusting import agreed, signed_id
-from plyweight.errors import SourceError, TrustWarning, listed
+from plyweight.delivery.trusting import agreed, signed_id, warn_of_first_use
+from plyweight.errors import SourceError, listed
 
 __all__ = ["FetchOptions", "Fetched", "evict", "fetch", "fetch_header", "is_remote"]
 
@@ -189,13 +188,7 @@ def fetch(
             if artifact_id is None and known is not None and not allow_rollback:
                 require_newer(header, known)
             if pin is None and known is None and not isinstance(source, LocalSource):
-                warnings.warn(
-                    f"{source.name} is trusted on first use: nothing says that artifact "
-                    f"{header.artifact_id} is the one its publisher meant. Pin it with "
-                    "artifact_id=, or verify a signature with public_key=.",
-                    TrustWarning,
-                    stacklevel=2,
-                )
+                warn_of_first_use(source.name, header.artifact_id)
 
         measured: RemoteSource = gauge if deadline_s is not None else source
         done = download(

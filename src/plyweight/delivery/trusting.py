@@ -9,9 +9,11 @@ The sidecar names the artifact's id and is small enough to be fetched first; who
 asked before one byte of the artifact is.
 """
 
+import inspect
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +22,9 @@ from plyweight.artifact.sidecar import MAX_SIDECAR_BYTES
 from plyweight.delivery.retry import Patience
 from plyweight.delivery.signing import MAX_SIGNATURE_BYTES, verify_signature
 from plyweight.delivery.source import RemoteSource, is_split, open_file, read_small
-from plyweight.errors import LayeringError, TransferError, TrustError
+from plyweight.errors import LayeringError, TransferError, TrustError, TrustWarning
 
-__all__ = ["agreed", "signed_id"]
+__all__ = ["agreed", "signed_id", "warn_of_first_use"]
 
 PathLike = str | os.PathLike[str]
 
@@ -93,6 +95,19 @@ def signed_id(
             )
         except TrustError as error:
             raise TrustError(str(error).replace(str(local), names[0])) from error
+
+
+def warn_of_first_use(name: str, artifact_id: str) -> None:
+    """Warn that nothing vouches for an artifact, at the line that called into this package."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and f"{frame.f_globals.get('__name__')}.".startswith("plyweight."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"{name} is trusted on first use: nothing says that artifact {artifact_id} is the one its "
+        "publisher meant. Pin it with artifact_id=, or verify a signature with public_key=.",
+        TrustWarning,
+        stacklevel=level,
+    )
 
 
 def _sidecar_of(address: PathLike | Source | RemoteSource, source: RemoteSource) -> str:
