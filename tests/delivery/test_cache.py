@@ -352,6 +352,12 @@ def test_files_of_another_user_are_not_read(tiny, filled, monkeypatch, user):  #
         fetch(FakeSource(tiny[0], name="another"), filled)
 
 
+def test_a_cache_that_is_a_file_is_refused_before_anything_is_asked(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OutputError, match=r"file is not a folder; choose another one"):
+        Cache(tmp_path / "file")
+
+
 def test_a_folder_where_others_may_write_is_refused(tiny, tmp_path):  # row_20
     shared = tmp_path / "shared"
     shared.mkdir()

@@ -34,7 +34,7 @@ from plyweight.artifact.posix import (
 from plyweight.delivery.filling import Filling, hold_lock, require_space
 from plyweight.delivery.partial import Partial, remove_partials
 from plyweight.delivery.refs import Refs, check_digest, is_digest
-from plyweight.errors import ArtifactError, RangeError, SourceError
+from plyweight.errors import ArtifactError, OutputError, RangeError, SourceError
 
 __all__ = ["Cache", "CachedArtifact", "CachedEntry", "default_folder"]
 
@@ -166,13 +166,15 @@ class Cache:
             where another machine could cut a file that is mapped here, which ends the process.
 
     Raises:
-        OutputError: If the system cannot keep a cache.
+        OutputError: If the system cannot keep a cache, or ``folder`` is a file.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, copy: bool = False) -> None:
         require_posix("keeping a cache")
         self._copy = copy
         self.folder = Path(folder) if folder is not None else default_folder()
+        if os.path.isfile(self.folder):  # noqa: PTH113 (`Path` raises where it may not look)
+            raise OutputError(f"{self.folder} is not a folder; choose another one for the cache.")
         self._artifacts = self.folder / "artifacts"
         self._blobs = self.folder / "blobs" / "sha256"
         self.refs = Refs(self.folder / "refs")
