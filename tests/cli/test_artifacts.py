@@ -1,9 +1,11 @@
 """inspect, verify, export, split, join, sign: what is done with an artifact, by hand."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,6 +190,34 @@ def test_a_signature_by_a_key_is_verified_with_the_layers(capsys, artifact, tmp_
     )
     shown = run_json(capsys, "verify", artifact, "--public-key", public)
     assert (shown["public_key"], shown["artifact_id"]) == (str(public), artifact_id)
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_no_signature_is_ever_beside_the_sidecar_of_another_artifact(
+    capsys, artifact, tmp_path, monkeypatch, renames
+):
+    pytest.importorskip("model_signing")
+    private, _ = keys(tmp_path)
+    run(capsys, "sign", artifact, "--key", private)
+    sidecar, signature = (tmp_path / f"{NAME}.layers.json{end}" for end in ("", ".sig"))
+    build(artifact, bit_widths=(2, 3))
+    replace, done = Path.replace, []
+
+    def rename(path, target):
+        if target.parent == sidecar.parent:
+            if len(done) == renames:
+                raise OSError(errno.EIO, "the disk is gone")  # from here on, as after a kill
+            done.append(target)
+        return replace(path, target)
+
+    before = sidecar.read_bytes()
+    monkeypatch.setattr(Path, "replace", rename)
+    assert_one_sentence(run(capsys, "sign", artifact, "--key", private), "cannot be written")
+    monkeypatch.undo()
+    assert not signature.exists()
+    assert (sidecar.read_bytes() != before) == bool(renames)
+    assert run(capsys, "sign", artifact, "--key", private)[0] == 0
+    assert signature.exists()
 
 
 def test_a_signature_by_another_key_or_of_another_artifact_is_refused(capsys, artifact, tmp_path):

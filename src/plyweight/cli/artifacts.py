@@ -208,19 +208,23 @@ def sign(
             certificate=certificate,
             certificate_chain=chain or (),
         ).read_bytes()
-    for path, data in ((sidecar, content), (signature_path(sidecar), signature)):
-        with publish_atomically(path) as file:
-            file.write(data)
+    signed = signature_path(sidecar)
+    # Both are on the disk before either has its name, and the old signature is gone before there is
+    # a new sidecar: whoever looks meanwhile, or after a kill, finds none, and never a wrong one.
+    with publish_atomically(signed) as file, publish_atomically(sidecar) as sidecar_file:
+        sidecar_file.write(content)
+        file.write(signature)
+        signed.resolve().unlink(missing_ok=True)  # a link stays
     if as_json:
         print_json(
             {
                 "artifact_id": header.artifact_id,
                 "sidecar": str(sidecar),
-                "signature": str(signature_path(sidecar)),
+                "signature": str(signed),
             }
         )
         return
-    typer.echo(f"{signature_path(sidecar)}  signs artifact sha256:{header.artifact_id}")
+    typer.echo(f"{signed}  signs artifact sha256:{header.artifact_id}")
 
 
 # --- beside an artifact -------------------------------------------------------------------------
