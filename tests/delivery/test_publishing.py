@@ -1,107 +1,144 @@
 """The commands of docs/delivery.md's section "Publish", run as they stand there.
 
-What differs is where things are: the folder that is served, the address of the server, and, for
-the Hub, a fake of it (uploads.py) that takes no Xet. ``aws s3 cp`` is an upload by boto3, which is
-what it calls.
+What differs is where things are: ``/srv``, and the address of the server. The Hub is a fake, which
+takes no Xet (uploads.py says more); where the ``aws`` command is not installed, ``bin/aws`` does by
+boto3 what the page asks of it.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from artifact.builders import big_content
+from artifact.builders import build
+from delivery.clients import ENVIRONMENT
 from delivery.servers import hub, nginx, plain_server, s3
 
-from plyweight.artifact import Header, write_artifact
-
 PAGE = (Path(__file__).parents[2] / "docs" / "delivery.md").read_text()
+SECTION = PAGE.partition("\n## Publish\n")[2].partition("\n## ")[0]
 NAME = "net.layered.safetensors"
+ADDRESS = f"https://host/models/{NAME}"
+AWS = f"""#!{sys.executable}
+import sys, boto3
+s3, cp, path, address = sys.argv[1:]
+bucket, _, folder = address.removeprefix("s3://").partition("/")
+assert (s3, cp, folder) == ("s3", "cp", "")
+boto3.client("s3").upload_file(path, bucket, path)
+"""
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Where the publisher stands: the artifact, and a home for keys and cache."""
-    write_artifact(tmp_path / NAME, **big_content(bit_widths=(2, 4)))
-    (tmp_path / "srv").mkdir()
-    return tmp_path
-
-
-def block(word):
-    """The lines of the page's block of commands in which ``word`` stands."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    (found,) = [text for text in blocks if word in text]
+def blocks(language):
+    """The page's blocks of a language, by the bold words that come before them."""
+    parts = re.split(r"^\*\*([^*]+)\*\*", SECTION, flags=re.MULTILINE)[1:]
+    found = {}
+    for title, text in zip(parts[::2], parts[1::2], strict=True):
+        if match := re.search(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            found[title] = match[1]
     return found
 
 
-def run(commands, folder, **env):
-    """Run commands by a shell that stops at the first that fails."""
-    scripts = Path(sys.executable).parent
-    done = subprocess.run(
-        ["bash", "-euc", commands],
-        cwd=folder,
-        env=os.environ
-        | {
-            "HOME": str(folder / "home"),
-            "PLYWEIGHT_CACHE": str(folder / "cache"),
-            "PATH": f"{scripts}:{os.environ['PATH']}",
-        }
-        | env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+COMMANDS, LINES = blocks("bash"), blocks("nginx")
 
 
-def check_is_held(folder):
-    """The cache has the artifact at 4 bits, verified when it arrived."""
-    artifact_id = Header.parse((folder / NAME).read_bytes()).artifact_id
-    (note,) = (folder / "cache" / "artifacts").iterdir()
-    assert note.name == artifact_id
-    assert "2, 4" in run("plyweight cached", folder)
+class Publisher:
+    """Who has signed an artifact and is about to publish it, and where it is published."""
+
+    def __init__(self, home):
+        self.work, self.srv, self.home = home / "work", home / "srv", home
+        for folder in (self.work, self.srv / "models", home / "bin"):
+            folder.mkdir(parents=True)
+        self.data = build(self.work / NAME, bit_widths=(2, 4, 8))
+        self.run(COMMANDS["Sign it first"])
+
+    def run(self, commands, url="", **env):
+        """Run them by a shell that stops at the first that fails; what it printed."""
+        commands = commands.replace("/srv", str(self.srv)).replace("https://host", url)
+        path = [Path(sys.executable).parent, os.environ["PATH"], self.home / "bin"]
+        here = {
+            "HOME": self.home, "PLYWEIGHT_CACHE": self.home / "cache",
+            "PATH": os.pathsep.join(map(str, path)), "HF_HOME": self.home / "hf",
+            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        }  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=self.work,
+            env=ENVIRONMENT | {name: str(value) for name, value in here.items()} | env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def publish(self, title, address, *arguments, **env):
+        """Run what the page says below ``title``; what it published is what was to be."""
+        printed = self.run(COMMANDS[title], *arguments, **env)
+        assert "4 bits, as asked" in printed
+        self.run(f"plyweight fetch {address} --to got.safetensors", *arguments, **env)
+        assert (self.work / "got.safetensors").read_bytes() == self.data
 
 
-def test_on_a_static_server_signed(folder):
-    (folder / "home").mkdir()
-    run(block("openssl ecparam"), folder)
-    assert not list(folder.glob("key.pem"))
-    with nginx(folder / "srv", gzip=True) as server:
-        commands = block("cp net.layered.safetensors* /srv/models/")
-        (folder / "srv" / "models").mkdir()
-        commands = commands.replace("/srv/", f"{folder}/srv/")
-        run(commands.replace("https://host", f"http://127.0.0.1:{server.port}"), folder)
-    check_is_held(folder)
+@pytest.fixture
+def publisher(tmp_path):
+    pytest.importorskip("model_signing")
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    return Publisher(tmp_path)
 
 
-def test_on_s3(folder):
-    commands = block("aws s3 cp").splitlines()
-    assert commands[0] == f"aws s3 cp {NAME} s3://models/{NAME}"
-    boto3 = pytest.importorskip("boto3")
+def test_every_block_of_commands_is_run_by_a_test():
+    assert list(COMMANDS) == [
+        "Sign it first",
+        "A static server",
+        "S3 and what speaks like it",
+        "The Hugging Face Hub",
+        "A server without byte ranges",
+    ]
+    assert len(COMMANDS) == SECTION.count("```bash\n")
+    assert list(LINES) == ["A static server"]
+
+
+@pytest.mark.parametrize("gzip", [False, True], ids=["as-is", "gzip"])
+def test_a_static_server(publisher, gzip, tmp_path):
+    lines = LINES["A static server"].replace("/srv", str(publisher.srv))
+    (tmp_path / "elsewhere").mkdir()
+    with nginx(tmp_path / "elsewhere", gzip=gzip, lines=lines) as server:
+        publisher.publish("A static server", ADDRESS, server.url)
+
+
+def test_s3(publisher):
+    pytest.importorskip("boto3")
+    shim = publisher.home / "bin" / "aws"  # the last on the path, so an `aws` goes before it
+    shim.write_text(AWS)
+    shim.chmod(0o755)
     with s3({}) as store:
-        client = boto3.client("s3", endpoint_url=store.env["AWS_ENDPOINT_URL"])
-        client.upload_file(str(folder / NAME), "models", NAME)
-        run("\n".join(commands[1:]), folder, **store.env)
-    check_is_held(folder)
+        env = store.env | {"AWS_DEFAULT_REGION": store.env["AWS_REGION"]}
+        publisher.publish("S3 and what speaks like it", f"s3://models/{NAME}", **env)
 
 
-def test_on_the_hub(folder):
-    with hub({}, repo="owner/net") as fake:
-        env = fake.env | {"HF_HUB_DISABLE_XET": "1"}
-        upload, newest, tagged = block("hf upload").splitlines()
-        run(f"{upload}\n{newest}", folder, **env)
-        check_is_held(folder)
-        run(f"hf repos tag create owner/net v1.2\n{tagged}", folder, **env)
-    check_is_held(folder)
+def test_the_hub(publisher):
+    with hub({}, repo="owner/net", token="hf_t0ken") as server:
+        env = server.env | {
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
+            "HF_TOKEN": "hf_t0ken",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        publisher.publish("The Hugging Face Hub", f"hf://owner/net/{NAME}", **env)
+        (commit,) = set(server.options.commits) - {server.commit}
+        assert server.options.branches == {"main": commit, "v1.2": commit}
+        published = set(server.options.commits[commit])
+        assert published == {NAME, f"{NAME}.layers.json", f"{NAME}.layers.json.sig"}
+        # The artifact went to the CDN by itself, the small files inside the commit.
+        assert [request.method for request in server.cdn.requests].count("PUT") == 1
 
 
-def test_in_parts_on_a_server_without_ranges(folder):
-    commands = block("plyweight split").replace("/srv/", f"{folder}/srv/")
-    (folder / "srv" / "models").mkdir()
-    with plain_server(folder / "srv") as server:
-        run(commands.replace("https://host", server.url), folder)
-    check_is_held(folder)
+@pytest.mark.parametrize("serve", [plain_server, nginx], ids=["http.server", "nginx"])
+def test_a_server_without_byte_ranges(publisher, serve):
+    with serve(publisher.srv) as server:
+        url = server.url.rstrip("/")
+        title = "A server without byte ranges"
+        publisher.publish(title, "https://host/models/net/layers.json", url)

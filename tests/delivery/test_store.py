@@ -168,7 +168,7 @@ def test_without_credentials_it_says_how_to_give_some(monkeypatch):
 
 def test_plain_http_needs_the_permission_of_the_environment():
     with lying() as (server, _), environment({"AWS_ALLOW_HTTP": "false"}):
-        with pytest.raises(TransferError):
+        with pytest.raises(SourceError, match="set AWS_ALLOW_HTTP=true if it may be plain http"):
             read(StoreSource("s3://models/net"))
         assert server.requests == []
 

@@ -177,6 +177,11 @@ class StoreSource:
                 f"there are no credentials for {self.name}; set {self._prefix}_* in the "
                 f"environment, or {self._prefix}_SKIP_SIGNATURE=true if everybody may read it."
             )
+        if "builder error" in reason:  # nothing was sent, and nothing ever would be
+            return SourceError(
+                f"{self.name} cannot be asked for: its endpoint is no https address; check it, or "
+                f"set {self._prefix}_ALLOW_HTTP=true if it may be plain http."
+            )
         match = STATUS.search(reason)
         status = int(match[1]) if match else None
         if status == 416:
