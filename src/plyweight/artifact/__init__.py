@@ -9,6 +9,8 @@ Needs numpy only; ``docs/format.md`` is the format in words.
 """
 
 from plyweight.artifact.files import publish_atomically
+from plyweight.artifact.graph import Graph, Slot
+from plyweight.artifact.graph_fields import Model, Module, Norm, Port, Quantizer
 from plyweight.artifact.header import MAX_HEADER_BYTES, VERSION, Header, header_bytes
 from plyweight.artifact.layout import Alignment, ByteRange, align_up, choose_alignment
 from plyweight.artifact.names import (
@@ -38,30 +40,37 @@ from plyweight.artifact.values import TensorView
 from plyweight.artifact.writer import LayerContent, TensorData, write_artifact
 
 __all__ = [
-    "GRAPH_NAME",
-    "ITEM_BYTES",
-    "MAX_HEADER_BYTES",
-    "VERSION",
     "Activation",
     "Alignment",
     "ArtifactReader",
     "ByteRange",
     "FileSource",
+    "GRAPH_NAME",
+    "Graph",
     "Header",
+    "ITEM_BYTES",
     "Layer",
     "LayerContent",
     "LayerReceipt",
     "LayeredWeight",
+    "MAX_HEADER_BYTES",
     "MemorySource",
+    "Model",
     "ModelInfo",
+    "Module",
+    "Norm",
     "Part",
+    "Port",
+    "Quantizer",
     "Receipt",
     "Sidecar",
+    "Slot",
     "Source",
     "SplitSource",
     "TensorData",
     "TensorEntry",
     "TensorView",
+    "VERSION",
     "align_up",
     "choose_alignment",
     "gain_name",
