@@ -5,6 +5,7 @@
     plyweight.pack(model, "network.layered.safetensors")           every width is a prefix
     network = plyweight.load(url, network, bit_width=4)            as much as a device needs
     plyweight.upgrade(network, url, bit_width=8)                   only what is missing
+    engine = plyweight.open(url, bit_width=4)                      the same without torch
 
 Public names are looked up on first use (PEP 562), so that handling bytes never imports torch.
 """
@@ -18,7 +19,10 @@ __all__ = [
     "BudgetError",
     "DeliveryError",
     "DigestError",
+    "EngineError",
+    "GraphError",
     "HeaderError",
+    "InputError",
     "JointObjective",
     "LayeringError",
     "LossError",
@@ -44,6 +48,7 @@ __all__ = [
     "inspect",
     "lease",
     "load",
+    "open",
     "pack",
     "prepare",
     "recalibrate",
@@ -60,7 +65,10 @@ _HOMES = {
     "BudgetError": "plyweight.errors",
     "DeliveryError": "plyweight.errors",
     "DigestError": "plyweight.errors",
+    "EngineError": "plyweight.errors",
+    "GraphError": "plyweight.errors",
     "HeaderError": "plyweight.errors",
+    "InputError": "plyweight.errors",
     "JointObjective": "plyweight.train.objective",
     "LayeringError": "plyweight.errors",
     "LossError": "plyweight.errors",
@@ -86,6 +94,7 @@ _HOMES = {
     "inspect": "plyweight.inspecting",
     "lease": "plyweight.nn.bit_width",
     "load": "plyweight.loading.verbs",
+    "open": "plyweight.engine.opening",
     "pack": "plyweight.packing",
     "prepare": "plyweight.nn.swap",
     "recalibrate": "plyweight.train.batch_norm",
@@ -99,13 +108,17 @@ _HOMES = {
 if TYPE_CHECKING:
     from plyweight.artifact.reader import verify
     from plyweight.delivery.fetch import evict, fetch
+    from plyweight.engine.opening import open
     from plyweight.errors import (
         ArtifactError,
         BitWidthError,
         BudgetError,
         DeliveryError,
         DigestError,
+        EngineError,
+        GraphError,
         HeaderError,
+        InputError,
         LayeringError,
         LossError,
         ModelMismatchError,

@@ -16,6 +16,9 @@
       x OutputError                a file cannot be written; nothing half-written is left
       x BitWidthError              a bit-width was asked for that is not there
       x LayeringError              a module cannot be layered, or an argument is wrong
+      x EngineError                an engine cannot be made, or has been closed
+        + GraphError                 an artifact has no graph, or one that cannot be computed here
+        + InputError                 inputs are not those that the graph takes
       x LossError                  a loss is NaN or infinite; training stops before it does harm
       x ModelMismatchError         a model and an artifact do not describe the same network
 
@@ -31,7 +34,10 @@ __all__ = [
     "BudgetError",
     "DeliveryError",
     "DigestError",
+    "EngineError",
+    "GraphError",
     "HeaderError",
+    "InputError",
     "LayeringError",
     "LossError",
     "ModelMismatchError",
@@ -146,6 +152,18 @@ class BitWidthError(PlyweightError, ValueError):
 
 class LayeringError(PlyweightError, ValueError):
     """A module or weight cannot be layered, or an option contradicts the model."""
+
+
+class EngineError(PlyweightError, ValueError):
+    """An engine cannot be made as it was asked for, or has been closed."""
+
+
+class GraphError(EngineError):
+    """An artifact has no graph, or one that cannot be computed here."""
+
+
+class InputError(EngineError):
+    """The inputs are not those that the graph takes."""
 
 
 class LossError(PlyweightError, ArithmeticError):

@@ -21,7 +21,6 @@ from plyweight.artifact.graph_fields import (
     MAX_GRAPH_BYTES,
     Model,
     Module,
-    Norm,
     Port,
     Quantizer,
     model_fields,

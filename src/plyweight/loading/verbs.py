@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from plyweight.delivery import FetchOptions
+from plyweight.delivery.reading import Address, opened_at
 from plyweight.errors import ArtifactError, LayeringError
 from plyweight.loading.held import HeldLayers, ReadyLayer, tensor_of
-from plyweight.loading.opening import Address, opened_at
 from plyweight.loading.placing import give_rows, place_layered, place_packed, plain_shapes
 from plyweight.nn.bit_width import switch
 from plyweight.nn.lease import change, grant_leases, require_no_lease

@@ -1,14 +1,14 @@
-"""Opening: the one place where the verbs of loading get at an artifact, near or far."""
+"""Reading: the one place where what runs a model gets at its artifact, near or far."""
 
 import os
 
 from plyweight.artifact import ArtifactReader, Source, TensorView
-from plyweight.delivery import FetchOptions, fetch, is_remote
 from plyweight.delivery.budget import Budget
 from plyweight.delivery.cache import Cache
+from plyweight.delivery.fetch import FetchOptions, fetch, is_remote
 from plyweight.errors import DigestError, LayeringError, TrustError, listed
 
-__all__ = ["Address", "opened_at"]
+__all__ = ["Address", "opened_at", "without_limits"]
 
 Address = str | os.PathLike[str] | Source
 OF_A_FILE = ("max_bytes", "max_ram", "artifact_id")  # options that need no delivery
@@ -66,7 +66,7 @@ class _FetchedReader(ArtifactReader):
         fetched = fetch(address, bit_width=bit_width, **options)
         super().__init__(fetched.artifact)
         self.bit_width = fetched.bit_width
-        self._address, self._options = address, _without_limits(options)
+        self._address, self._options = address, without_limits(options)
         self._options["artifact_id"] = fetched.header.artifact_id
 
     def read_layer(self, index: int) -> dict[str, TensorView]:
@@ -83,7 +83,7 @@ class _FetchedReader(ArtifactReader):
             return super().read_layer(index)
 
 
-def _without_limits(options: FetchOptions) -> FetchOptions:
+def without_limits(options: FetchOptions) -> FetchOptions:
     """The bit-width is chosen; only how to fetch it is left."""
     kept = options.copy()
     for name in ("max_bytes", "max_ram", "deadline_s"):
