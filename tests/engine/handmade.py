@@ -56,7 +56,7 @@ def own(step, zero_point=0):
     """A grid of the graph's own, a little different at every bit-width."""
     return Quantizer(
         steps={b: step * (1 + 1 / b) for b in BIT_WIDTHS},
-        zero_points={b: zero_point for b in BIT_WIDTHS},
+        zero_points=dict.fromkeys(BIT_WIDTHS, zero_point),
     )
 
 
@@ -69,17 +69,17 @@ QUANTIZERS = {
     "add.out": own(0.04),
     "fc.in": Quantizer(activation="fc"),
 }
+# ONNX dtype and bytes of an item, by kind of owner and leaf.
 SLOT_DTYPES = {
-    "levels": TensorProto.INT8,
-    "scale": TensorProto.FLOAT,
-    "bias": TensorProto.INT32,
-    "bias_scale": TensorProto.FLOAT,
-    "step": TensorProto.FLOAT,
-    "zero_point": TensorProto.UINT8,
-    "highest": TensorProto.UINT8,
+    ("module", "levels"): (TensorProto.INT8, 1),
+    ("module", "scale"): (TensorProto.FLOAT, 4),
+    ("module", "zero_point"): (TensorProto.INT8, 1),
+    ("module", "bias"): (TensorProto.INT32, 4),
+    ("module", "bias_scale"): (TensorProto.FLOAT, 4),
+    ("quantizer", "step"): (TensorProto.FLOAT, 4),
+    ("quantizer", "zero_point"): (TensorProto.UINT8, 1),
+    ("quantizer", "highest"): (TensorProto.UINT8, 1),
 }
-
-ITEM_BYTES = {"scale": 4, "bias": 4, "bias_scale": 4, "step": 4}
 
 
 class ModelBuilder:
@@ -91,15 +91,11 @@ class ModelBuilder:
 
     def slot(self, name, shape=()):
         prefix, _, leaf = name.rpartition(".")
-        dtype = (
-            TensorProto.INT8
-            if f"{prefix}.levels" in self.slots and leaf == "zero_point"
-            else SLOT_DTYPES[leaf]
-        )
+        dtype, item_bytes = SLOT_DTYPES["module" if prefix in MODULES else "quantizer", leaf]
         tensor = TensorProto(name=name, data_type=dtype, dims=shape)
         tensor.data_location = TensorProto.EXTERNAL
-        num_bytes = np.prod(shape, dtype=int) * ITEM_BYTES.get(leaf, 1)
-        for key, value in (("location", "slots"), ("offset", "0"), ("length", str(num_bytes))):
+        length = str(item_bytes * np.prod(shape, dtype=int))
+        for key, value in (("location", "slots"), ("offset", "0"), ("length", length)):
             tensor.external_data.add(key=key, value=value)
         self.slots[name] = tensor
         return name
@@ -208,9 +204,8 @@ def layer_contents(graph, seed=0):
         for name, activation in ACTIVATIONS.items():
             levels = 2 ** activation.bit_widths[bit_width] - 1
             tensors.append(float32(f"{name}.step", [2.0 / levels]))
-        for name in ("stem.bias", "conv2.bias"):
-            tensors.append(float32(name, rng.normal(0, 0.3, CHANNELS)))
-        tensors.append(float32("fc.bias", rng.normal(0, 0.3, CLASSES)))
+        for name, length in (("stem", CHANNELS), ("conv2", CHANNELS), ("fc", CLASSES)):
+            tensors += [float32(f"{name}.bias", rng.normal(0, 0.3, length))]
         tensors.append(float32("bn1.weight", rng.normal(0, 1, CHANNELS)))
         tensors.append(float32("bn1.bias", rng.normal(0, 0.3, CHANNELS)))
         tensors.append(float32("bn1.running_mean", rng.normal(0, 0.3, CHANNELS)))

@@ -5,7 +5,8 @@ that its values are in one ("external data"). Here such tensors are the slots an
 
     external_initializers(data) == {slot: (dtype, shape)}      and every other tensor is in `data`
 
-Protocol buffers are read as far as that takes, without the onnx package: https://protobuf.dev/programming-guides/encoding and onnx/onnx.proto3 in
+Protocol buffers are read as far as that takes, without the onnx package: see
+https://protobuf.dev/programming-guides/encoding, and onnx/onnx.proto3 in
 https://github.com/onnx/onnx, whose field numbers are the constants below.
 """
 

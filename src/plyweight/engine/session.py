@@ -4,9 +4,8 @@ A runtime is behind one small protocol; ``onnxruntime`` is the one there is. Its
 model's bytes and the values in memory: nothing is written to disk, and the values are not copied
 into the model first. It computes with those arrays for as long as it lives, so it keeps them.
 
-Integer products are the exact ones on every machine: on x86 without VNNI instructions, products
-of unsigned and signed bytes are added in pairs with saturation, and there the option
-``session.x64quantprecision`` has the weights made unsigned (zero point 128) when a session starts.
+Integer products are the exact ones on every machine: where its instructions would saturate
+(``exactness`` finds out), ONNX Runtime is told to make the weights unsigned first.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plyweight.artifact import Graph, Model
+from plyweight.engine.exactness import does_saturate
 from plyweight.engine.onnx_model import external_initializers
 from plyweight.errors import EngineError, GraphError, listed
 
@@ -91,7 +91,8 @@ class OnnxRuntimeSession:
         if options.threads is not None:
             settings.intra_op_num_threads = options.threads
         settings.add_session_config_entry("session.load_model_format", "ONNX")
-        settings.add_session_config_entry("session.x64quantprecision", "1")
+        if does_saturate(runtime):
+            settings.add_session_config_entry("session.x64quantprecision", "1")
         wrapped = [runtime.OrtValue.ortvalue_from_numpy(value) for value in self._values.values()]
         settings.add_external_initializers(list(self._values), wrapped)
         try:

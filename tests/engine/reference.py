@@ -1,0 +1,194 @@
+"""The definition that a runtime's integer kernels must equal: a graph, interpreted with numpy.
+
+What stands between a quantizer and the next one is one step here, as it is one fused kernel there:
+
+    convolution, product     clamp(rint(float32(sums + bias) * (x_step * scale / y_step)) + z)
+    addition                 clamp(rint(fma(a, a_step / y_step, fma(b, b_step / y_step, c))))
+                             c = z - (a_step / y_step * a_zero + b_step / y_step * b_zero)
+
+with sums in integers and all else in float32, halves to even. Sources: MlasRequantizeOutput,
+MlasQLinearAddKernelAvx2Helper in onnxruntime/core/mlas/lib. (The kernel for additions on Arm
+multiplies in fixed point, and may differ from this by one where a half is rounded.)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.lib.stride_tricks import sliding_window_view
+
+F32 = np.float32
+
+
+@dataclass
+class Grid:
+    """A dequantized tensor: ``step * (levels - zero_point)``, step and zero point per channel."""
+
+    levels: Any
+    step: Any
+    zero_point: Any
+
+    def numpy(self, axis=1):
+        step, zero_point = (_along(value, self.levels.ndim, axis) for value in self._grid())
+        return (self.levels.astype(F32) - F32(zero_point)) * step
+
+    def centred(self):
+        return self.levels.astype(np.int64) - int(np.max(self.zero_point))
+
+    def _grid(self):
+        return self.step, self.zero_point
+
+
+@dataclass
+class Sums:
+    """Sums of products with their bias, in units of ``x_step * scale``, channels on axis 1."""
+
+    sums: Any
+    x_step: Any
+    scale: Any
+    is_rectified: bool = False
+
+    def quantized(self, step, zero_point):
+        assert not self.is_rectified or zero_point == 0  # where the clamp is the ReLU
+        factor = _along(self.x_step * self.scale / step, self.sums.ndim, 1)
+        return _clamped(np.rint(self.sums.astype(F32) * factor), zero_point)
+
+    def numpy(self):
+        return self.sums.astype(F32) * _along(self.x_step * self.scale, self.sums.ndim, 1)
+
+
+@dataclass
+class Addition:
+    """Two grids to add."""
+
+    a: Grid
+    b: Grid
+    is_rectified: bool = False
+
+    def quantized(self, step, zero_point):
+        assert not self.is_rectified or zero_point == 0
+        ratio_a, ratio_b = self.a.step / step, self.b.step / step
+        fixed = F32(zero_point) - (
+            ratio_a * F32(self.a.zero_point) + ratio_b * F32(self.b.zero_point)
+        )
+        inner = _fma(self.b.levels, ratio_b, fixed)
+        return np.rint(_fma(self.a.levels, ratio_a, inner)).clip(0, 255).astype(np.uint8)
+
+
+def run(model_bytes, slots, inputs):
+    """The outputs of an ONNX model by name, its slots filled with ``slots``."""
+    graph = onnx.load_from_string(model_bytes).graph
+    values = dict(slots) | dict(inputs)
+    for node in graph.node:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        arguments = [values[name] if name else None for name in node.input]
+        (output,) = node.output
+        values[output] = OPERATORS[node.op_type](*arguments, **attributes)
+    return {output.name: _float(values[output.name]) for output in graph.output}
+
+
+def quantize_linear(x, step, zero_point):
+    if isinstance(x, (Sums, Addition)):
+        return x.quantized(step, zero_point)
+    return _clamped(np.rint(_float(x) / step), zero_point)
+
+
+def dequantize_linear(levels, step, zero_point=np.int32(0), axis=1):
+    return Grid(levels, step, zero_point)
+
+
+def clip(x, lowest=None, highest=None):
+    return x if highest is None else np.minimum(x, highest)
+
+
+def conv(x, weight, bias=None, pads=(0, 0, 0, 0), strides=(1, 1), dilations=(1, 1), group=1, **_):
+    levels = np.pad(x.centred(), ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
+    kernels = weight.levels.astype(np.int64)
+    out, _, *size = kernels.shape
+    reach = [(k - 1) * d + 1 for k, d in zip(size, dilations, strict=True)]
+    windows = sliding_window_view(levels, reach, (2, 3))[:, :, :: strides[0], :: strides[1]]
+    windows = windows[..., :: dilations[0], :: dilations[1]]
+    parts = [
+        np.einsum("nchwij,ocij->nohw", part, kernel)
+        for part, kernel in zip(
+            np.split(windows, group, axis=1), np.split(kernels, group), strict=True
+        )
+    ]
+    sums = np.concatenate(parts, axis=1)
+    if bias is not None:
+        sums = sums + bias.levels.reshape(1, out, 1, 1)
+    return Sums(sums, x.step, weight.step)
+
+
+def gemm(x, weight, bias=None, transB=0, **_):
+    kernel = weight.levels.astype(np.int64)
+    sums = x.centred() @ (kernel.T if transB else kernel)
+    return Sums(sums + (0 if bias is None else bias.levels), x.step, weight.step)
+
+
+def add(a, b):
+    return Addition(a, b) if isinstance(a, Grid) and isinstance(b, Grid) else _float(a) + _float(b)
+
+
+def relu(x):
+    if isinstance(x, (Sums, Addition)):
+        x.is_rectified = True
+        return x
+    return np.maximum(_float(x), 0)
+
+
+def max_pool(x, kernel_shape, pads=(0, 0, 0, 0), strides=(1, 1), **_):
+    edges = ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3]))
+    levels = np.pad(x.levels, edges, constant_values=0)
+    windows = sliding_window_view(levels, kernel_shape, (2, 3))
+    levels = windows[:, :, :: strides[0], :: strides[1]].max(axis=(-2, -1))
+    return Grid(levels, x.step, x.zero_point)
+
+
+def global_average_pool(x):
+    """Of floats: the runtime sums them in its own order, so grids should be on either side."""
+    return _float(x).mean(axis=(2, 3), keepdims=True, dtype=F32)
+
+
+def flatten(x, axis=1):
+    assert axis == 1
+    if isinstance(x, Grid):
+        return Grid(x.levels.reshape(len(x.levels), -1), x.step, x.zero_point)
+    return _float(x).reshape(len(x), -1)
+
+
+OPERATORS = {
+    "Add": add,
+    "Clip": clip,
+    "Conv": conv,
+    "DequantizeLinear": dequantize_linear,
+    "Flatten": flatten,
+    "Gemm": gemm,
+    "GlobalAveragePool": global_average_pool,
+    "MatMul": gemm,
+    "MaxPool": max_pool,
+    "QuantizeLinear": quantize_linear,
+    "Relu": relu,
+}
+
+
+def _float(x):
+    return x.numpy() if isinstance(x, (Grid, Sums)) else x
+
+
+def _clamped(rounded, zero_point):
+    low, high = -F32(zero_point), F32(255) - F32(zero_point)
+    return (rounded.clip(low, high) + F32(zero_point)).astype(np.uint8)
+
+
+def _fma(levels, ratio, addend):
+    """``levels * ratio + addend`` rounded once: float64 holds the product and sum exactly."""
+    return (levels.astype(np.float64) * np.float64(ratio) + np.float64(addend)).astype(F32)
+
+
+def _along(value, ndim, axis):
+    value = np.asarray(value)
+    return (
+        value if value.ndim == 0 else value.reshape([-1 if i == axis else 1 for i in range(ndim)])
+    )
