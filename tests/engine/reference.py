@@ -94,8 +94,8 @@ def quantize_linear(x, step, zero_point):
     return _clamped(np.rint(_float(x) / step), zero_point)
 
 
-def dequantize_linear(levels, step, zero_point=np.int32(0), axis=1):
-    return Grid(levels, step, zero_point)
+def dequantize_linear(levels, step, zero_point=None, axis=1):
+    return Grid(levels, step, F32(0) if zero_point is None else zero_point)
 
 
 def clip(x, lowest=None, highest=None):

@@ -1,5 +1,12 @@
 """An artifact answers at any of its bit-widths, exactly as its graph says."""
 
+import dataclasses
+import subprocess
+import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -8,8 +15,19 @@ from engine import reference
 from engine.handmade import BIT_WIDTHS, images, residual_graph, write
 
 import plyweight
-from plyweight.artifact import ArtifactReader
+from plyweight.artifact import ArtifactReader, MemorySource, Model
+from plyweight.engine.session import BACKENDS
 from plyweight.engine.values import SlotValues
+from plyweight.errors import (
+    ArtifactError,
+    BitWidthError,
+    EngineError,
+    GraphError,
+    LayeringError,
+    TrustError,
+)
+
+PATIENCE_S = 60  # for what takes milliseconds, on however busy a machine
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +71,327 @@ def test_convolutions_additions_and_products_run_as_integers(path, bit_width, tm
     kinds = [node.op_type for node in graph.node]
     assert [kinds.count(kind) for kind in ("QLinearConv", "QLinearAdd", "QGemm")] == [3, 1, 1]
     assert not {"Conv", "Add", "Gemm", "FusedConv"} & set(kinds)
+
+
+@pytest.fixture(scope="module")
+def expected(path):
+    """The logits of each bit-width, from an engine that holds no more than that."""
+    found = {}
+    for bit_width in BIT_WIDTHS:
+        with plyweight.open(path, bit_width=bit_width, threads=1) as engine:
+            found[bit_width] = engine.run({"input": images()})["logits"]
+    return found
+
+
+def width_of(logits, expected):
+    """The one bit-width whose logits these are, bit for bit."""
+    found = [b for b, reference in expected.items() if np.array_equal(logits, reference)]
+    assert len(found) == 1, "the logits are those of no bit-width"
+    return found[0]
+
+
+def answers(engine, expected):
+    return width_of(engine.run({"input": images()})["logits"], expected)
+
+
+def test_it_says_what_it_takes_and_gives_and_what_the_artifact_says_of_it(path):
+    with plyweight.open(path, bit_width=2) as engine:
+        (port,) = engine.inputs
+        assert (port.name, port.dtype, port.shape) == ("input", "float32", ("batch", 3, 9, 9))
+        assert [port.name for port in engine.outputs] == ["logits"]
+        assert engine.io["labels"][3] == "class 3"
+        assert "holding 2 bits" in repr(engine)
+
+
+def test_it_switches_among_the_bit_widths_it_holds(path, expected):
+    with plyweight.open(path, threads=1) as engine:
+        assert engine.bit_width == 8
+        assert engine.bit_widths == engine.stored_bit_widths == BIT_WIDTHS
+        for bit_width in (2, 8, 4, 2):
+            engine.set_bit_width(bit_width)
+            assert engine.bit_width == bit_width
+            assert answers(engine, expected) == bit_width
+
+
+def test_a_warm_width_is_the_session_from_before_and_a_cold_one_is_made(path, monkeypatch):
+    made = []
+    session = BACKENDS["onnxruntime"]
+
+    def counting(graph, model, values, options):
+        made.append(model.bit_widths)
+        return session(graph, model, values, options)
+
+    monkeypatch.setitem(BACKENDS, "onnxruntime", counting)
+    with plyweight.open(path, threads=1) as engine:
+        for bit_width in (4, 8, 4, 8):
+            engine.set_bit_width(bit_width)
+        assert len(made) == 2
+    made.clear()
+    with plyweight.open(path, threads=1, warm_bytes=0) as engine:
+        for bit_width in (4, 8, 4, 8):
+            engine.set_bit_width(bit_width)
+            assert [warm.bit_width for warm in engine.report().warm] == [bit_width]
+        assert len(made) == 5
+
+
+def test_the_least_recently_used_width_leaves_first(path):
+    with plyweight.open(path, threads=1) as engine:
+        one = engine.report().warm[0].num_bytes
+    with plyweight.open(path, threads=1, warm_bytes=one + one // 2) as engine:
+        for bit_width in (4, 8, 2):
+            engine.set_bit_width(bit_width)
+        assert [warm.bit_width for warm in engine.report().warm] == [2, 8]
+
+
+def test_an_upgrade_reads_only_the_layers_that_are_missing(path, expected):
+    source = MemorySource(path.read_bytes())
+    header = ArtifactReader(source).header
+    with plyweight.open(source, bit_width=2, threads=1) as engine:
+        assert engine.bit_widths == (2,)
+        assert answers(engine, expected) == 2
+        source.reads.clear()
+        engine.upgrade(4)
+        assert engine.bit_widths == (2, 4)
+        assert answers(engine, expected) == 4
+        data = [read for read in source.reads if read.start >= header.data_start]
+        assert data == [header.layers[1].byte_range]
+        engine.upgrade()
+        assert (engine.bit_width, answers(engine, expected)) == (8, 8)
+        engine.upgrade(4)  # held already: nothing is read, nothing is given back
+        assert (engine.bit_width, engine.bit_widths) == (4, BIT_WIDTHS)
+
+
+def test_a_downgrade_gives_back_layers_and_sessions(path, expected):
+    with plyweight.open(path, threads=1) as engine:
+        engine.set_bit_width(4)
+        before = engine.report()
+        engine.downgrade(2)
+        after = engine.report()
+        assert (engine.bit_width, engine.bit_widths) == (2, (2,))
+        assert answers(engine, expected) == 2
+        assert [warm.bit_width for warm in after.warm] == [2]
+        assert after.held_bytes == ArtifactReader(path).header.prefix_bytes(2)
+        assert after.resident_bytes < before.resident_bytes
+        engine.upgrade(8)
+        assert answers(engine, expected) == 8
+
+
+def test_a_downgrade_and_closing_free_what_was_held(path):
+    engine = plyweight.open(path, threads=1)
+    layers = [weakref.ref(view.data.obj) for view in list(engine._layers[2].values())[:1]]
+    sessions = [weakref.ref(engine._warm.current.session)]
+    engine.downgrade(2)
+    assert [reference() for reference in (*layers, *sessions)] == [None, None]
+    last = weakref.ref(engine._warm.current.session)
+    engine.close()
+    assert last() is None
+
+
+def test_the_report_says_what_is_held_and_why(path):
+    with plyweight.open(path, bit_width=4, threads=1) as engine:
+        engine.set_bit_width(2)
+        report = engine.report()
+        assert report.artifact_id == ArtifactReader(path).header.artifact_id
+        assert report.resident_bytes == report.held_bytes + sum(w.num_bytes for w in report.warm)
+        text = str(report)
+    assert "2 bits on onnxruntime (CPUExecutionProvider)" in text
+    assert "layers of 2, 4 bits (of 2, 4, 8 that are stored)" in text
+    assert "session of 2 bits, which answers now" in text
+    assert "session of 4 bits, used before" in text
+
+
+def test_eight_threads_get_one_width_each_while_a_ninth_goes_up_and_down(path, expected):
+    source = MemorySource(path.read_bytes())
+    done = threading.Event()
+    with plyweight.open(source, bit_width=2, threads=1, warm_bytes=30_000) as engine:
+
+        def infer():
+            seen = set()
+            while not done.is_set():
+                seen.add(answers(engine, expected))
+            return seen
+
+        def go_up_and_down():
+            try:
+                for number in range(40):
+                    engine.upgrade((8, 4)[number % 2])
+                    engine.set_bit_width(2)
+                    engine.set_bit_width(4)
+                    engine.downgrade(2)
+            finally:
+                done.set()
+
+        with ThreadPoolExecutor(9) as threads:
+            requests = [threads.submit(infer) for _ in range(8)]
+            threads.submit(go_up_and_down).result()
+            seen = [request.result() for request in requests]
+    assert set.union(*seen) == set(BIT_WIDTHS)
+
+
+def test_closing_waits_for_requests_under_way_and_lets_no_other_in(path):
+    engine = plyweight.open(path, threads=1)
+    started, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+    session = engine._warm.current.session
+    compute = session.run
+
+    def slow(feeds):
+        started.set()
+        assert go_on.wait(PATIENCE_S)
+        assert not closed.is_set()
+        return compute(feeds)
+
+    session.run = slow
+    with ThreadPoolExecutor(2) as threads:
+        request = threads.submit(engine.run, {"input": images()})
+        assert started.wait(PATIENCE_S)
+        closing = threads.submit(lambda: (engine.close(), closed.set()))
+        assert not closing.done()
+        go_on.set()
+        assert request.result()["logits"].shape == (3, 10)
+        closing.result()
+    with pytest.raises(EngineError, match="the engine is closed; open the artifact again"):
+        engine.run({"input": images()})
+    for use in (
+        lambda: engine.bit_width,
+        lambda: engine.set_bit_width(2),
+        engine.upgrade,
+        lambda: engine.downgrade(2),
+        engine.report,
+    ):
+        with pytest.raises(EngineError, match="closed"):
+            use()
+    engine.close()
+
+
+def test_an_upgrade_from_another_artifact_is_refused_and_changes_nothing(tmp_path, expected):
+    path = tmp_path / "net"
+    write(path, residual_graph())
+    with plyweight.open(path, bit_width=2, threads=1) as engine:
+        write(path, residual_graph(), seed=1)
+        with pytest.raises(ArtifactError, match="open the other one anew instead"):
+            engine.upgrade(8)
+        assert engine.bit_widths == (2,)
+        assert answers(engine, expected) == 2
+
+
+def test_a_damaged_layer_leaves_the_engine_as_it_was(path, expected):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    with plyweight.open(MemorySource(data), bit_width=4, threads=1) as engine:
+        with pytest.raises(ArtifactError, match=r"layer 2 \(8 bits\)"):
+            engine.upgrade(8)
+        assert (engine.bit_widths, answers(engine, expected)) == ((2, 4), 4)
+
+
+def test_a_width_that_is_not_held_says_whether_it_can_be_had(path):
+    with plyweight.open(path, bit_width=4, threads=1) as engine:
+        with pytest.raises(BitWidthError, match=r"the engine stores 2, 4\. Call upgrade\(8\) firs"):
+            engine.set_bit_width(8)
+        with pytest.raises(BitWidthError, match=r"The artifact stores 2, 4, 8\."):
+            engine.set_bit_width(3)
+        with pytest.raises(BitWidthError, match="the bit-width is True, a bool"):
+            engine.downgrade(True)
+        with pytest.raises(BitWidthError, match="3 bits were asked for"):
+            engine.upgrade(3)
+    with pytest.raises(BitWidthError, match="3 bits were asked for, but residual stores 2, 4, 8"):
+        plyweight.open(path, bit_width=3)
+
+
+def test_a_cut_file_has_what_it_has(path, expected, tmp_path):
+    header = ArtifactReader(path).header
+    cut = tmp_path / "cut"
+    cut.write_bytes(path.read_bytes()[: header.prefix_bytes(4)])
+    with plyweight.open(cut, threads=1) as engine:
+        assert (engine.bit_width, engine.stored_bit_widths) == (4, BIT_WIDTHS)
+        assert answers(engine, expected) == 4
+        with pytest.raises(BitWidthError, match="fetch bytes"):
+            engine.upgrade(8)
+
+
+def test_an_artifact_without_a_graph_says_how_to_add_one(tmp_path):
+    write(tmp_path / "net", None)
+    with pytest.raises(GraphError, match=r"pack\(model, file, example_inputs=\.\.\.\)"):
+        plyweight.open(tmp_path / "net")
+
+
+def test_a_graph_that_breaks_a_rule_is_refused_with_the_name_of_its_file(tmp_path):
+    write(tmp_path / "net", b"no zlib")
+    with pytest.raises(ArtifactError, match=r"net: the graph is no zlib stream"):
+        plyweight.open(tmp_path / "net")
+
+
+def test_a_model_that_the_runtime_refuses_is_an_error_in_one_sentence(tmp_path):
+    graph = residual_graph()
+    broken = Model(bit_widths=BIT_WIDTHS, slots=(), data=b"\x08\x09")
+    graph = dataclasses.replace(graph, models=(broken,))
+    write(tmp_path / "net", graph)
+    with pytest.raises(GraphError, match="refuses the graph for 2, 4, 8 bits"):
+        plyweight.open(tmp_path / "net")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tvm"}, "backend is 'tvm'; give one of onnxruntime"),
+        ({"threads": 0}, "threads is 0; give an integer of 1 or more, or None"),
+        ({"warm_bytes": -1}, "warm_bytes is -1; give an integer of 0 or more"),
+        (
+            {"providers": ["NoExecutionProvider"]},
+            "the providers NoExecutionProvider were asked for, but this ONNX Runtime has .*CPU",
+        ),
+        ({"providers": []}, "this ONNX Runtime has"),
+    ],
+)
+def test_an_option_that_is_wrong_says_what_there_is(path, options, message):
+    with pytest.raises(EngineError, match=message):
+        plyweight.open(path, **options)
+
+
+def test_a_provider_may_come_with_its_own_options(path, expected):
+    provider = ("CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})
+    with plyweight.open(path, providers=[provider], threads=1) as engine:
+        assert answers(engine, expected) == 8
+
+
+def test_options_of_fetching_are_for_urls(path):
+    with pytest.raises(LayeringError, match=r"parallel was given, but .* is no URL"):
+        plyweight.open(path, parallel=2)
+    with pytest.raises(TrustError, match="was asked for"):
+        plyweight.open(path, artifact_id="0" * 64)
+
+
+def test_limits_choose_the_width_and_an_upgrade_by_name_goes_beyond(path):
+    header = ArtifactReader(path).header
+    with plyweight.open(path, max_bytes=header.prefix_bytes(4), threads=1) as engine:
+        assert engine.bit_width == 4
+        engine.upgrade()
+        assert engine.bit_width == 4
+        engine.upgrade(8)
+        assert engine.bit_width == 8
+
+
+def test_none_of_it_imports_torch_or_onnx(path):
+    code = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('torch', 'onnx', 'onnxscript'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "import numpy, plyweight\n"
+        "with plyweight.open(sys.argv[1], bit_width=2, threads=1) as engine:\n"
+        "    x = numpy.zeros((1, 3, 9, 9), 'float32')\n"
+        "    engine.upgrade(8); engine.run({'input': x}); engine.downgrade(2)\n"
+        "    print(engine.run({'input': x})['logits'].shape)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "(1, 10)", done.stderr
+
+
+def test_without_onnxruntime_it_says_how_to_install_it(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r'pip install "plyweight\[engine\]"'):
+        plyweight.open(path)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -68,8 +69,7 @@ def test_a_processor_that_saturates_gives_what_the_reference_gives(tmp_path):
 def _flags():
     """What the processor can, on Linux on x86."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = [line for line in file if line.startswith("flags")]
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    return set(lines[0].split()) if lines else None
+    return next((set(line.split()) for line in lines if line.startswith("flags")), None)
