@@ -159,7 +159,7 @@ def check_model(model: Model, values: Mapping[str, Array]) -> None:
     for name in sorted(declared.keys() ^ values.keys()):
         has, has_not = ("model", "list") if name in declared else ("list", "model")
         raise GraphError(
-            f"the graph's {has} of slots has {name!r}, but its {has_not} has not; pack the model "
+            f"the graph's {has} has a slot {name!r}, but its {has_not} has not; pack the model "
             "again."
         )
     for name, there in declared.items():

@@ -1,0 +1,338 @@
+"""The graph: what it says comes back, and what breaks a rule is refused before it costs much."""
+
+import dataclasses
+import json
+import tracemalloc
+import zlib
+
+import pytest
+from artifact.builders import content, float32, layer_contents
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plyweight.artifact import (
+    Activation,
+    ArtifactReader,
+    Graph,
+    LayerContent,
+    LayeredWeight,
+    Model,
+    Module,
+    Norm,
+    Port,
+    Quantizer,
+    TensorData,
+    write_artifact,
+)
+from plyweight.artifact.graph import Slot
+from plyweight.artifact.graph_fields import MAX_GRAPH_BYTES
+from plyweight.errors import ArtifactError, HeaderError, VersionError
+
+WIDTHS = (2, 3, 8)  # of the artifact in builders
+
+
+def graph(**changes):
+    """A graph of the artifact in ``builders``, with weights ``conv`` and, in groups, ``fc``."""
+    return Graph(
+        **{
+            "models": (
+                Model(bit_widths=(2, 3), slots=("conv.levels", "conv.in.step"), data=b"narrow"),
+                Model(bit_widths=(8,), slots=("conv.levels", "table"), data=b"wide"),
+            ),
+            "inputs": (Port("image", "float32", ("batch", 2, 8, 8)),),
+            "outputs": (Port("logits", "float32", ("batch", 5)),),
+            "modules": {
+                "conv": Module(param="conv.weight", norm=Norm("bn", 1e-5), input="conv.in")
+            },
+            "quantizers": {
+                "conv.in": Quantizer(
+                    steps={2: 0.1, 3: 0.25, 8: 1e-7}, zero_points={2: 0, 3: 7, 8: 255}
+                )
+            },
+            "tensors": {"table": "fc.bias"},
+        }
+        | changes
+    )
+
+
+def fields(of=None):
+    """The JSON of a graph, and the bytes after it."""
+    raw = zlib.decompress((of or graph()).to_bytes())
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:end]), raw[end:]
+
+
+def packed(table, data=b"narrowwide"):
+    text = table if isinstance(table, bytes) else json.dumps(table).encode()
+    return zlib.compress(len(text).to_bytes(8, "little") + text + data)
+
+
+def edited(edit):
+    """A graph's bytes with its JSON changed by ``edit``."""
+    table, data = fields()
+    edit(table)
+    return packed(table, data)
+
+
+def test_what_a_graph_says_comes_back():
+    assert Graph.from_bytes(graph().to_bytes()) == graph()
+    assert Graph.from_bytes(memoryview(graph().to_bytes())) == graph()
+
+
+def test_the_same_graph_gives_the_same_bytes_whatever_the_order_of_its_dictionaries():
+    modules = {name: Module(param=name) for name in ("conv", "a", "b")}
+    backwards = dict(reversed(modules.items()))
+    assert graph(modules=modules).to_bytes() == graph(modules=backwards).to_bytes()
+
+
+names = st.text("abc.é", min_size=1, max_size=5)
+
+
+@given(
+    params=st.dictionaries(names, names, max_size=4),
+    steps=st.floats(2.0**-120, 1e30),
+    zero_point=st.integers(0, 255),
+    data=st.binary(min_size=1, max_size=50),
+)
+def test_any_graph_comes_back(params, steps, zero_point, data):
+    one = graph(
+        models=(Model(bit_widths=(1, 5), slots=(), data=data),),
+        modules={f"m.{k}": Module(param=v, is_transposed=True) for k, v in params.items()},
+        quantizers={
+            "q": Quantizer(steps={1: steps, 5: 1.0}, zero_points={1: zero_point, 5: 0}),
+            "r": Quantizer(activation=""),
+        },
+        tensors={},
+    )
+    assert Graph.from_bytes(one.to_bytes()) == one
+
+
+def test_every_slot_says_what_fills_it():
+    slots = graph().slots
+    assert slots["conv.levels"] == Slot("module", "conv", "levels")
+    assert slots["conv.in.highest"] == Slot("quantizer", "conv.in", "highest")
+    assert slots["table"] == Slot("tensor", "fc.bias")
+    assert len(slots) == 5 + 3 + 1
+
+
+def test_a_bit_width_has_the_model_that_lists_it():
+    assert [graph().model_for(b).data for b in WIDTHS] == [b"narrow", b"narrow", b"wide"]
+
+
+# --- hostile bytes ------------------------------------------------------------------------------
+
+
+def test_a_bomb_is_refused_without_taking_more_memory_than_the_limit():
+    bomb = zlib.compressobj(9)
+    block = bytes(2**20)
+    data = b"".join(bomb.compress(block) for _ in range(128)) + bomb.flush()
+    assert len(data) < 2**18
+    tracemalloc.start()
+    with pytest.raises(HeaderError, match=f"unpack to more than {MAX_GRAPH_BYTES}"):
+        Graph.from_bytes(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2.5 * MAX_GRAPH_BYTES
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "zlib stream ends too early"),
+        (b"no zlib", "is no zlib stream"),
+        (graph().to_bytes()[:-1], "ends too early"),
+        (graph().to_bytes() + b"\0", "has bytes after it"),
+        (graph().to_bytes() + graph().to_bytes(), "has bytes after it"),
+        (zlib.compress(b"short"), "it starts with 8 bytes of length"),
+        (zlib.compress((2**63).to_bytes(8, "little")), "claims 9223372036854775808 of JSON"),
+        (zlib.compress((9).to_bytes(8, "little") + b"{}"), "2 bytes are there"),
+        (packed(b"\xff"), "is no UTF-8"),
+        (packed(b"[]"), "it is an object with a version"),
+        (packed(b'{"version":1'), "brackets open"),
+        (packed(b'{"version":1,"version":1}'), "the key 'version' twice"),
+        (packed(b'{"version":1.0}'), "fractions are written as decimal strings"),
+        (packed(fields()[0], b"narrowwid"), "9 bytes follow the text"),
+        (packed(fields()[0], b"narrowwide!"), "11 bytes follow the text"),
+    ],
+)
+def test_bytes_that_are_no_graph_are_refused_for_what_is_wrong_with_them(data, message):
+    with pytest.raises(HeaderError, match=message):
+        Graph.from_bytes(data)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", True, None])
+def test_another_version_is_refused_before_anything_else(version):
+    with pytest.raises(VersionError, match="install a newer plyweight"):
+        Graph.from_bytes(packed({"version": version, "something": "new"}))
+
+
+def at(*path, value):
+    """An edit: that value at that place."""
+
+    def edit(table):
+        for key in path[:-1]:
+            table = table[key]
+        table[path[-1]] = value
+
+    return edit
+
+
+EDITS = {
+    "an unknown field": (at("more", value=1), "has a field 'more'"),
+    "a field less": (lambda t: t.pop("tensors"), "lacks 'tensors'"),
+    "no models": (at("models", value=[]), "10 bytes follow the text"),
+    "models of another kind": (at("models", value={}), "they must be a list"),
+    "a width twice": (at("models", 1, "bit_widths", value=[3]), "each bit-width has one model"),
+    "widths that descend": (at("models", 0, "bit_widths", value=[3, 2]), "they must ascend"),
+    "a width of 9": (at("models", 1, "bit_widths", value=[9]), "integer of 1 to 8"),
+    "a length of 0": (at("models", 0, "num_bytes", value=0), "integer of 1 to"),
+    "a negative length": (at("models", 0, "num_bytes", value=-1), "integers go from 0"),
+    "a length of 2^53": (at("models", 0, "num_bytes", value=2**53), "integer of 1 to"),
+    "a slot twice": (at("models", 0, "slots", value=["table"] * 2), "there twice"),
+    "a slot of nobody": (at("models", 0, "slots", value=["conv.gain"]), "none of its modules"),
+    "no input": (at("inputs", value=[]), "the graph's inputs are"),
+    "an input twice": (lambda t: t["inputs"].append(t["inputs"][0]), "there twice"),
+    "a dtype of text": (at("inputs", 0, "dtype", value="object"), "a graph knows float32"),
+    "a dimension of 0": (at("outputs", 0, "shape", 1, value=0), "integer of 1 to"),
+    "too many dimensions": (at("outputs", 0, "shape", value=[1] * 9), "at most 8 numbers"),
+    "a name of nothing": (at("outputs", 0, "name", value=""), "names have 1 to 512"),
+    "a name with a null": (at("outputs", 0, "name", value="a\0"), "control characters"),
+    "a module less": (lambda t: t["modules"]["conv"].pop("bias"), "lacks 'bias'"),
+    "a flag of 1": (at("modules", "conv", "is_transposed", value=1), "must be true or false"),
+    "eps of text": (at("modules", "conv", "norm", "eps", value="inf"), "decimal string"),
+    "eps of 1e400": (at("modules", "conv", "norm", "eps", value="1e400"), "decimal string"),
+    "an input of nobody": (at("modules", "conv", "input", value="x"), "one of its quantizers"),
+    "a step of 0": (at("quantizers", "conv.in", "steps", "2", value="0"), "positive float32"),
+    "a negative step": (at("quantizers", "conv.in", "steps", "2", value="-1"), "decimal string"),
+    "a step of 1e39": (at("quantizers", "conv.in", "steps", "2", value="1e39"), "positive float32"),
+    "a zero point of 256": (at("quantizers", "conv.in", "zero_points", "2", value=256), "0 to 255"),
+    "steps by no width": (at("quantizers", "conv.in", "steps", "02", value="1"), "by bit-width"),
+    "two kinds of grid": (at("quantizers", "conv.in", "activation", value="fc"), "has a field"),
+    "a slot of two": (at("tensors", "conv.scale", value="fc.bias"), "a name means one thing"),
+    "a tensor of no name": (at("tensors", "table", value=3), "must be a text"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_json_that_breaks_a_rule_is_refused_by_name(name):
+    edit, message = EDITS[name]
+    with pytest.raises(HeaderError, match=message):
+        Graph.from_bytes(edited(edit))
+
+
+def test_a_graph_without_a_model_is_refused():
+    table, _ = fields()
+    with pytest.raises(HeaderError, match="the graph has no models"):
+        Graph.from_bytes(packed(table | {"models": []}, b""))
+
+
+def test_what_no_reader_would_accept_is_not_written():
+    with pytest.raises(HeaderError, match="control characters"):
+        graph(tensors={"table": "a\n"}).to_bytes()
+
+
+@given(data=st.binary(max_size=300))
+def test_any_bytes_are_refused(data):
+    for raw in (data, zlib.compress(data), packed(data)):
+        with pytest.raises(ArtifactError):
+            Graph.from_bytes(raw)
+
+
+@given(at=st.integers(0, 10**4), byte=st.integers(0, 255))
+def test_a_changed_byte_of_the_text_is_refused_or_gives_another_graph(at, byte):
+    raw = bytearray(zlib.decompress(graph().to_bytes()))
+    raw[at % len(raw)] = byte
+    try:
+        one = Graph.from_bytes(zlib.compress(bytes(raw)))
+    except ArtifactError:
+        return
+    assert Graph.from_bytes(one.to_bytes()) == one
+
+
+# --- the artifact it belongs to -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory):
+    """Of an artifact with what :func:`graph` names; ``fc`` is in groups and has an activation."""
+    path = tmp_path_factory.mktemp("graph") / "tiny"
+    extra = [
+        TensorData("bn.running_mean", **float32([0.0] * 3)),
+        TensorData("whole", "I64", (3,), bytes(24)),
+        TensorData("signed.step", **float32([1.0])),
+    ]
+    layers = layer_contents()
+    first = LayerContent(2, [*layers[0].tensors, *extra])
+    activations = content()["activations"] | {
+        "signed": Activation("signed", {2: 1, 3: 2, 8: 8}),
+    }
+    write_artifact(path, **content(layers=[first, *layers[1:]], activations=activations))
+    return ArtifactReader(path).header
+
+
+def test_a_graph_whose_names_exist_passes(header):
+    graph().check(header)
+
+
+CONV = Module(param="conv.weight")
+
+
+def conv(**changes):
+    return {"modules": {"conv": dataclasses.replace(CONV, **changes)}}
+
+
+def quantizer(**changes):
+    return {"quantizers": {"conv.in": Quantizer(**changes)}, **conv(input="conv.in")}
+
+
+MISFITS = {
+    "widths": (
+        {"models": (Model(bit_widths=(2,), slots=(), data=b"m"),)},
+        r"models for \[2\] bits, but the artifact stores \[2, 3, 8\]",
+    ),
+    "a weight": (conv(param="conv.bias"), "'conv.bias', but the artifact has no such layered weig"),
+    "a weight in groups": (conv(param="fc.weight"), "whose inputs are in groups"),
+    "a transposed kernel": (conv(is_transposed=True), "only two dimensions can be exchanged"),
+    "a bias": (conv(bias="conv.bias"), "'conv.bias', but the artifact has no such plain tensor"),
+    "a bias of another length": (conv(bias="fc.bias"), r"floats of shape \[3\]"),
+    "a bias of integers": (conv(bias="whole"), r"'whole', I64 of shape \[3\]"),
+    "planes as a bias": (conv(bias="conv.weight.q"), "no such plain tensor"),
+    "the graph as a bias": (conv(bias="__graph__"), "no such plain tensor"),
+    "a norm": (conv(norm=Norm("norm", 0.0)), "'norm.running_mean'"),
+    "an activation": (quantizer(activation="conv"), "'conv', but the artifact has no such activ"),
+    "steps for other widths": (
+        quantizer(steps={2: 1.0}, zero_points={2: 0}),
+        r"values for \[2\] bits, but the artifact stores \[2, 3, 8\]",
+    ),
+    "a tensor": ({"tensors": {"table": "none"}}, "'none', but the artifact has no such plain ten"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_name_or_shape_that_the_artifact_has_not_is_refused(header, name):
+    changes, message = MISFITS[name]
+    one = {"models": (Model(bit_widths=WIDTHS, slots=(), data=b"m"),)} | changes
+    with pytest.raises(HeaderError, match=message):
+        graph(**one).check(header)
+
+
+def test_a_signed_activation_of_one_bit_is_refused_by_name(header):
+    weights = {"conv.weight": LayeredWeight((3, 2, 3, 3))}
+    unpinned = dataclasses.replace(header, weights=weights)
+    one = graph(
+        models=(Model(bit_widths=WIDTHS, slots=(), data=b"m"),),
+        tensors={},
+        **quantizer(activation="signed"),
+    )
+    with pytest.raises(HeaderError, match=r"quantizer 'conv\.in' .* signed activation of 1 bit"):
+        one.check(unpinned)
+
+
+def test_a_quantizer_that_nobody_reads_has_no_width(header):
+    one = graph(
+        models=(Model(bit_widths=WIDTHS, slots=(), data=b"m"),),
+        modules={"conv": CONV},
+        quantizers={"x": Quantizer(activation="signed")},
+    )
+    with pytest.raises(HeaderError, match="no module reads quantizer 'x'"):
+        one.check(header)
