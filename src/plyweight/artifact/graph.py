@@ -147,7 +147,7 @@ class Graph:
         """The layered weight whose bit-width decides about that of quantizer ``prefix``.
 
         It is the ``<activation>.weight`` of the artifact, or else that of the first module of the
-        graph that reads the quantizer; None for a quantizer of neither, or without activation.
+        graph, by prefix, that reads it; None for a quantizer of neither, or without activation.
         """
         activation = self.quantizers[prefix].activation
         if activation is None:
@@ -155,8 +155,8 @@ class Graph:
         own = f"{activation}.weight" if activation else "weight"
         if own in header.weights:
             return own
-        readers = (module for module in self.modules.values() if module.input == prefix)
-        return next((module.param for module in readers), None)
+        readers = [name for name, module in self.modules.items() if module.input == prefix]
+        return self.modules[min(readers)].param if readers else None
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> "Graph":

@@ -5,7 +5,7 @@ L0/<param>.scale           its quantization steps on the 8-bit grid
 Li/<param>.gain            what multiplies them at the bit-width that layer i brings
 Li/<module>.step           quantization step of the module's input
 Li/<module>.zero_point     and its zero point, where the kind is "offset"
-L0/__graph__               the computation without weights, opaque here
+L0/__graph__               the computation without weights; see ``graph``
 __pad__.<n>                zeros
 Li/<anything else>         a plain tensor, which replaces the one of an earlier layer: a bias or a
                            batch norm that differs by bit-width, say

@@ -3,6 +3,7 @@
     making        demo, pack
     artifacts     inspect, verify, export, split, join, sign
     delivering    fetch, serve, cached, evict
+    running       run, bench
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 it failed, 2 it was
 called wrongly, 130 interrupted. An error is one sentence; ``--debug`` shows where it came from.
@@ -19,6 +20,7 @@ from plyweight.cli.artifacts import export, inspect, join, sign, split, verify
 from plyweight.cli.calling import InterruptionError, note
 from plyweight.cli.delivering import cached, evict, fetch, serve
 from plyweight.cli.making import demo, pack
+from plyweight.cli.running import bench, run
 from plyweight.errors import PlyweightError
 
 __all__ = ["app", "main"]
@@ -94,3 +96,5 @@ app.command()(serve)
 app.command()(fetch)
 app.command()(cached)
 app.command()(evict)
+app.command()(run)
+app.command()(bench)

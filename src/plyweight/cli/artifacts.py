@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plyweight.cli.calling import (
-    TOKEN,
     AllowHttp,
     Artifact,
     ArtifactId,
@@ -20,6 +19,7 @@ from plyweight.cli.calling import (
     PublicKey,
     print_json,
     refuse_together,
+    token,
 )
 from plyweight.cli.show import receipt_table, size
 from plyweight.errors import OutputError, TrustError, listed
@@ -63,7 +63,7 @@ def inspect(
     receipt = inspect_artifact(
         artifact,
         artifact_id=artifact_id,
-        token=os.environ.get(TOKEN) or None,
+        token=token(),
         allow_http=allow_http,
         patience_s=patience,
     )

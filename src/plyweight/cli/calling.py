@@ -8,7 +8,9 @@ sha256:5124...  5124...      the 64 digits of an artifact's id
 import contextlib
 import json
 import math
+import os
 import re
+import warnings
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -16,8 +18,9 @@ from typing import Annotated, Any
 
 import typer
 
+from plyweight.errors import TrustWarning
+
 __all__ = [
-    "TOKEN",
     "AllowHttp",
     "Artifact",
     "ArtifactId",
@@ -34,6 +37,8 @@ __all__ = [
     "parse_size",
     "print_json",
     "refuse_together",
+    "spoken_warnings",
+    "token",
 ]
 
 TOKEN = "PLYWEIGHT_TOKEN"  # in the environment: an option would show in the list of processes
@@ -164,3 +169,25 @@ def needed_for(what: str, *, extra: str) -> Iterator[None]:
             f"{what} needs {error.name}, which is not installed; "
             f'install it with: pip install "plyweight[{extra}]"'
         ) from error
+
+
+@contextlib.contextmanager
+def spoken_warnings() -> Iterator[None]:
+    """Show what nothing vouches for as one line, at once."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, TrustWarning):
+            note(str(message))
+        else:
+            shown(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TrustWarning)
+        warnings.showwarning = show
+        yield
+
+
+def token() -> str | None:
+    """For the server of an address; in the environment, as options show in lists of processes."""
+    return os.environ.get(TOKEN) or None

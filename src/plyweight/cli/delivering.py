@@ -2,17 +2,14 @@
 
 import contextlib
 import ipaddress
-import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from plyweight.cli.calling import (
-    TOKEN,
     AllowHttp,
     ArtifactId,
     AsJson,
@@ -26,9 +23,10 @@ from plyweight.cli.calling import (
     parse_size,
     print_json,
     refuse_together,
+    spoken_warnings,
+    token,
 )
 from plyweight.cli.show import cache_table, size, transfer_bar
-from plyweight.errors import TrustWarning
 
 if TYPE_CHECKING:
     from plyweight.delivery import Fetched, Progress
@@ -118,7 +116,7 @@ def fetch(
 
     kept_in = Cache(cache)
     seen: list[Progress] = []
-    with _spoken_warnings(), transfer_bar() as draw, _resumable(seen):
+    with spoken_warnings(), transfer_bar() as draw, _resumable(seen):
 
         def progress(state: "Progress") -> None:
             seen[:] = [state]
@@ -136,7 +134,7 @@ def fetch(
             authorities=authorities or (),
             sidecar=sidecar,
             cache=kept_in,
-            token=os.environ.get(TOKEN) or None,
+            token=token(),
             allow_http=allow_http,
             allow_rollback=allow_rollback,
             refresh=refresh,
@@ -267,23 +265,6 @@ def _resumable(seen: "list[Progress]") -> Iterator[None]:
             f"interrupted; {seen[0].bytes_done:,} of {seen[0].bytes_total:,} bytes are here, run "
             "it again to continue."
         ) from error
-
-
-@contextlib.contextmanager
-def _spoken_warnings() -> Iterator[None]:
-    """Show what nothing vouches for as one line, at once."""
-    shown = warnings.showwarning
-
-    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if issubclass(category, TrustWarning):
-            note(str(message))
-        else:
-            shown(message, category, *place, **more)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", TrustWarning)
-        warnings.showwarning = show
-        yield
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,7 +1,7 @@
 """build_graph: from a layered model to the graph that its artifact carries.
 
-    model -> float network -> ONNX -> levels instead of weights -> marks where values are rounded
-          -> edges, calibrated with that very graph -> one ONNX model per set of clips
+model -> float network -> ONNX -> levels instead of weights -> marks where values are rounded
+      -> edges, calibrated with that very graph -> one ONNX model per set of clips
 """
 
 from collections.abc import Mapping, Sequence

@@ -75,9 +75,9 @@ class _Replacer:
             self._replace_value(node, index, param)  # somebody computes with `module.weight`
             return
         kind, op_type = layered.kind, node.op_type
-        if kind == "convolution" and op_type == "Conv" and index == 1:
-            self._replace_product(node, name, layered)
-        elif kind == "linear" and op_type == "Gemm" and index == 1 and _is_linear(node):
+        if (kind == "convolution" and op_type == "Conv" and index == 1) or (
+            kind == "linear" and op_type == "Gemm" and index == 1 and _is_linear(node)
+        ):
             self._replace_product(node, name, layered)
         elif kind == "linear" and op_type == "Transpose" and _sole(node, "MatMul", 1) is not None:
             self._replace_product(_sole(node, "MatMul", 1), name, layered)
@@ -94,7 +94,9 @@ class _Replacer:
         out = node.outputs[0]
         if node.op_type == "MatMul" and layered.bias is not None:
             added = _sole(node, "Add", None)
-            if added is None or not any(stored_name(self._skeleton, v) == layered.bias for v in added.inputs):
+            if added is None or not any(
+                stored_name(self._skeleton, v) == layered.bias for v in added.inputs
+            ):
                 raise LayeringError(
                     f"the bias of module {name!r} is not added right after its product; name it "
                     "in `exclude` of prepare, or pack without example_inputs."
