@@ -72,6 +72,7 @@ def test_importing_plyweight_imports_nothing_heavy():
     [
         "import plyweight.cli",
         "import plyweight; plyweight.inspect",
+        "import plyweight; plyweight.open",
         "import plyweight; plyweight.verify",
         "import plyweight; plyweight.PlyweightError",
     ],

@@ -17,7 +17,7 @@ NO_INDEX = ("connection broken", "from versions: none")
 IMPORT_EVERYTHING_TORCH_FREE = """
 import importlib, pkgutil
 
-for name in ("errors", "codec", "artifact", "inspecting", "cli"):
+for name in ("errors", "codec", "artifact", "engine", "inspecting", "cli"):
     package = importlib.import_module(f"plyweight.{name}")
     for module in pkgutil.walk_packages(getattr(package, "__path__", ()), f"plyweight.{name}."):
         importlib.import_module(module.name)
