@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from delivery.servers import hostile
 from engine import reference
 from engine.handmade import BIT_WIDTHS, images, residual_graph, write
 
@@ -368,6 +369,19 @@ def test_limits_choose_the_width_and_an_upgrade_by_name_goes_beyond(path):
         assert engine.bit_width == 4
         engine.upgrade(8)
         assert engine.bit_width == 8
+
+
+def test_a_url_is_fetched_as_far_as_needed_and_upgraded_from_there(path, expected, tmp_path):
+    header = ArtifactReader(path).header
+    with hostile(path.read_bytes()) as server:
+        options = {"cache": tmp_path / "cache", "artifact_id": header.artifact_id}
+        with plyweight.open(server.url, bit_width=2, threads=1, **options) as engine:
+            assert (engine.bit_widths, answers(engine, expected)) == ((2,), 2)
+            engine.upgrade(4)
+            assert answers(engine, expected) == 4
+            engine.downgrade(2)
+            engine.upgrade()
+            assert (engine.bit_width, answers(engine, expected)) == (8, 8)
 
 
 def test_none_of_it_imports_torch_or_onnx(path):
