@@ -13,15 +13,21 @@ model and a checkpoint of it make the same file:
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plyweight.artifact import (
+    GRAPH_NAME,
     Activation,
+    ArtifactReader,
+    Graph,
     LayerContent,
     LayeredWeight,
     ModelInfo,
@@ -39,6 +45,7 @@ from plyweight.artifact.names import (
 )
 from plyweight.codec import codes_at, encode, spread, to_planes
 from plyweight.errors import BitWidthError, LayeringError, listed
+from plyweight.graph.description import described
 from plyweight.nn.norm import BATCH_COUNT, BATCH_NORM_TENSORS
 from plyweight.nn.swap import unwrapped
 from plyweight.quantizers import ActivationQuantizer
@@ -71,10 +78,15 @@ def pack(
     revision: int = 0,
     license: str | None = None,
     evaluation: Mapping[int, Mapping[str, str]] | None = None,
+    example_inputs: Any = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Receipt:
     """Write ``model`` as one artifact; every stored bit-width is a prefix of the file.
 
-    The same weights make the same bytes. The file appears whole or not at all.
+    The same weights (and example inputs) make the same bytes. The file appears whole or not at
+    all. With example inputs the artifact carries its graph, and runs where there is no torch: see
+    :func:`plyweight.open`.
 
     Args:
         model: what :func:`plyweight.prepare` returned, trained; or its ``state_dict()``.
@@ -83,15 +95,26 @@ def pack(
         revision: counts up with every publication under that name.
         license: an identifier such as "Apache-2.0".
         evaluation: metrics by bit-width, decimal strings: ``{4: {"accuracy": "0.981"}}``.
+        example_inputs: what the model takes: a tensor; a tuple, the arguments of its forward; or
+            batches (a data loader), of which the model takes as many items as it has to have.
+            Needs the extra ``[onnx]``. The model is exported with the first batch; ranges of
+            activations that no training has learned are calibrated on all of them, so give a
+            few hundred real samples. The first dimension may have any length afterwards, and so
+            may those that differ from batch to batch.
+        preprocessing: how data become inputs, for those who feed the graph; texts, integers,
+            lists and mappings, with fractions as decimal texts.
+        labels: the names of the classes.
 
     Returns:
         What is in the file and what it costs, read back from it.
 
     Raises:
         LayeringError: If the model is not layered, a weight is not finite, an activation
-            quantizer has not seen a batch, a tensor cannot be stored, or an argument is wrong.
+            quantizer has not seen a batch, a tensor cannot be stored, or an argument is wrong;
+            and if there are example inputs and the model cannot be exported.
         BitWidthError: If ``evaluation`` names a bit-width that the model does not have.
         OutputError: If the file cannot be written.
+        ImportError: If there are example inputs and the extra ``[onnx]`` is not installed.
     """
     default_name = "model"
     if isinstance(model, nn.Module):
@@ -99,21 +122,62 @@ def pack(
         default_name = type(model).__name__
     contents = _Contents.of(_checked(model), by_object=isinstance(model, nn.Module))
     _check_arguments(path, name, revision, license, evaluation, contents.bit_widths)
+    info = ModelInfo(
+        name=default_name if name is None else name,
+        revision=revision,
+        created_by=f"plyweight {version('plyweight')}",
+        license=license,
+        config_sha256=None,
+    )
+    graph = None if example_inputs is None else _graph(model, example_inputs, contents, info)
+    io = described(graph, preprocessing, labels)
+    _write(path, contents, info, graph=graph, evaluation=evaluation, io=io)
+    return inspect(path)
+
+
+def _graph(model: object, example_inputs: Any, contents: "_Contents", info: ModelInfo) -> Graph:
+    """The graph of ``model``, whose artifact is written without it first, to calibrate on it."""
+    if not isinstance(model, nn.Module):
+        raise LayeringError(
+            "example_inputs were given with a state dict, which does not say what is computed; "
+            "pack the model itself."
+        )
+    try:
+        from plyweight.graph.build import build_graph
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"a graph needs onnx, onnxscript and onnxruntime ({error}); run: pip install "
+            '"plyweight[onnx]", or pack without example_inputs.'
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "without-graph")
+        _write(path, contents, info)
+        return build_graph(model, example_inputs, ArtifactReader(path))
+
+
+def _write(
+    path: str | os.PathLike[str],
+    contents: "_Contents",
+    info: ModelInfo,
+    *,
+    graph: Graph | None = None,
+    evaluation: Mapping[int, Mapping[str, str]] | None = None,
+    io: Mapping[str, Any] | None = None,
+) -> None:
+    layers = [contents.layer(i) for i in range(len(contents.bit_widths))]
+    if graph is not None:
+        data = graph.to_bytes()
+        tensor = TensorData(GRAPH_NAME, "U8", (len(data),), data)
+        layers[0] = LayerContent(layers[0].bit_width, (*layers[0].tensors, tensor))
     write_artifact(
         path,
-        layers=[contents.layer(i) for i in range(len(contents.bit_widths))],
+        layers=layers,
         weights={p: weight.record for p, weight in contents.weights.items()},
         activations={m: _activation(q) for m, q in contents.activations.items()},
-        model=ModelInfo(
-            name=default_name if name is None else name,
-            revision=revision,
-            created_by=f"plyweight {version('plyweight')}",
-            license=license,
-            config_sha256=None,
-        ),
+        model=info,
         evaluation=evaluation,
+        io=io,
     )
-    return inspect(path)
 
 
 @dataclass

@@ -16,7 +16,7 @@ import onnxruntime
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 
-from plyweight.artifact import ArtifactReader, Graph, MemorySource, Model, Module, Port, Quantizer
+from plyweight.artifact import ArtifactReader, Graph, Model, Module, Port, Quantizer
 from plyweight.engine.values import SlotValues
 from plyweight.errors import LayeringError, listed
 from plyweight.graph.edges import Edge, insert_edges
@@ -58,14 +58,16 @@ def build_graph(model: nn.Module, example_inputs: Any, artifact: ArtifactReader)
     """
     batches = batches_of(model, example_inputs)
     skeleton = GraphSkeleton(model)
-    _check_activations(skeleton)
+    _check(skeleton, artifact)
     base = _export(skeleton, batches)
     weights = replace_weights(base, skeleton)
     tensors = _plain_slots(base, skeleton)
     edges = insert_edges(base.graph, weights.convolutions)
     plan = _Plan(base, skeleton, weights.modules, tensors, edges)
     plan.grids = _calibrated(plan, batches, artifact)
-    return plan.graph()
+    graph = plan.graph()
+    graph.check(artifact.header)
+    return graph
 
 
 @dataclass
@@ -298,7 +300,19 @@ def _learned_grid(skeleton: GraphSkeleton, activation: str, bit_width: int) -> G
     return Grid(step, zero_point, (1 << int(quantizer.widths[own])) - 1)
 
 
-def _check_activations(skeleton: GraphSkeleton) -> None:
+def _check(skeleton: GraphSkeleton, artifact: ArtifactReader) -> None:
+    """Whether a graph can compute what the model does.
+
+    Raises:
+        LayeringError: If it cannot; it names the module.
+    """
+    for param, weight in artifact.header.weights.items():
+        if weight.group_size is not None and weight.scale_shape[1:] != (1,):
+            raise LayeringError(
+                f"{param} has a scale for each group of {weight.group_size} inputs, but a graph "
+                "multiplies with one for each output channel; prepare without group_size, or pack "
+                "without example_inputs."
+            )
     for name, quantizer in skeleton.quantizers.items():
         if quantizer.kind == "signed" and 1 in quantizer.widths.tolist():
             raise LayeringError(
@@ -324,8 +338,3 @@ def _port(value: ir.Value) -> Port:
         for axis, dim in enumerate(value.shape)
     )
     return Port(value.name, DTYPES[value.dtype], shape)
-
-
-def read_back(data: bytes) -> ArtifactReader:
-    """An artifact in memory."""
-    return ArtifactReader(MemorySource(data))

@@ -159,14 +159,16 @@ def _behind_clamp(value: ir.Value) -> ir.Value:
 def _move_up(graph: ir.Graph, net: _Net, prefix: str) -> None:
     """Let what a learned quantizer reads be rounded where it is computed."""
     for node in net.readers():
-        node.outputs[0].replace_all_uses_with(node.inputs[0])
+        value = node.inputs[0]
+        assert value is not None
+        node.outputs[0].replace_all_uses_with(value)
         graph.remove(node, safe=True)
     _round_sources(graph, net, prefix)
 
 
 def _round_sources(graph: ir.Graph, net: _Net, prefix: str) -> None:
     for source in net.sources():
-        mark_source(graph, source, prefix, name=f"{source.name}.edge")
+        mark_source(graph, source, prefix, name=f"{source.name}/edge")
 
 
 def _name(source: ir.Value, taken: set[str]) -> str:

@@ -40,8 +40,8 @@ __all__ = [
 DOMAIN = "plyweight"
 # Operators that move values or choose among them, whatever these are.
 _MOVING = frozenset(
-    ("MaxPool", "Slice", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand")
-    + ("Concat", "Split", "Pad", "DepthToSpace", "SpaceToDepth")
+    "MaxPool Slice Reshape Flatten Transpose Squeeze Unsqueeze Expand "
+    "Concat Split Pad DepthToSpace SpaceToDepth".split()
 )
 
 
@@ -170,11 +170,11 @@ def clamp_again(node: ir.Node) -> ir.Value:
     assert source is not None
     if bounds == Bounds():
         return source
-    name = f"{node.outputs[0].name}.clamped"
+    name = f"{node.outputs[0].name}/clamped"
     ends = [
         None
         if bound is None
-        else new_node(node, "Constant", [], f"{name}.{end}", {"value_float": bound})
+        else new_node(node, "Constant", [], f"{name}/{end}", {"value_float": bound})
         for end, bound in (("lowest", bounds.lowest), ("largest", bounds.largest))
     ]
     return new_node(node, "Clip", [source, *ends], name, like=source)
@@ -202,7 +202,7 @@ def expand_marks(
                 new = source  # on that grid already
             else:
                 levels = _quantize(slots, node, prefix, clips(prefix, bounds_of(node)))
-                new = _dequantize(slots, node, levels, prefix, f"{out.name}.rounded")
+                new = _dequantize(slots, node, levels, prefix, f"{out.name}/rounded")
                 dequantized[new] = prefix
             out.replace_all_uses_with(new, replace_graph_outputs=True)
             graph.remove(node, safe=True)
@@ -215,21 +215,21 @@ def _quantize(slots: Slots, node: ir.Node, prefix: str, clips: tuple[bool, bool]
     source, name = node.inputs[0], node.outputs[0].name
     step, zero = slots.of_quantizer(prefix, "step"), slots.of_quantizer(prefix, "zero_point")
     levels = new_node(
-        node, "QuantizeLinear", [source, step, zero], f"{name}.levels", dtype=UINT8, like=source
+        node, "QuantizeLinear", [source, step, zero], f"{name}/levels", dtype=UINT8, like=source
     )
     if not any(clips):
         return levels
     bounds = bounds_of(node)
     lowest = highest = None
     if clips[0]:
-        lowest = _level_of(slots, node, prefix, bounds.lowest, f"{name}.lowest")
+        lowest = _level_of(slots, node, prefix, bounds.lowest, f"{name}/lowest")
     if clips[1]:
         highest = slots.of_quantizer(prefix, "highest")
         if bounds.largest is not None:
-            largest = _level_of(slots, node, prefix, bounds.largest, f"{name}.largest")
-            highest = new_node(node, "Min", [highest, largest], f"{name}.highest", dtype=UINT8)
+            largest = _level_of(slots, node, prefix, bounds.largest, f"{name}/largest")
+            highest = new_node(node, "Min", [highest, largest], f"{name}/highest", dtype=UINT8)
     return new_node(
-        node, "Clip", [levels, lowest, highest], f"{name}.clipped", dtype=UINT8, like=source
+        node, "Clip", [levels, lowest, highest], f"{name}/clipped", dtype=UINT8, like=source
     )
 
 
@@ -238,7 +238,7 @@ def _level_of(slots: Slots, node: ir.Node, prefix: str, bound: float | None, nam
     step, zero = slots.of_quantizer(prefix, "step"), slots.of_quantizer(prefix, "zero_point")
     if bound == 0.0 or bound is None:
         return zero
-    number = new_node(node, "Constant", [], f"{name}.value", {"value_float": float(bound)})
+    number = new_node(node, "Constant", [], f"{name}/value", {"value_float": float(bound)})
     return new_node(node, "QuantizeLinear", [number, step, zero], name, dtype=UINT8)
 
 
@@ -267,7 +267,7 @@ def _move_levels(slots: Slots, node: ir.Node, dequantized: dict[ir.Value, str]) 
     assert node.graph is not None
     grid = [slots.of_quantizer(prefix, leaf) for leaf in ("step", "zero_point")]
     for out in node.outputs:
-        name = f"{out.name}.rounded"
+        name = f"{out.name}/rounded"
         value = ir.Value(name=name, type=ir.TensorType(FLOAT), shape=out.shape)
         out.replace_all_uses_with(value, replace_graph_outputs=True)
         out.type = ir.TensorType(UINT8)

@@ -46,7 +46,8 @@ class Grid:
         step = np.float32(self.step)
         levels = np.rint(values / step) + np.float32(self.zero_point)
         clamped = np.clip(levels, 0, self.highest) - np.float32(self.zero_point)
-        return (clamped * step).astype(np.float32)
+        on_grid: Values = (clamped * step).astype(np.float32)
+        return on_grid
 
 
 class Sample:

@@ -179,7 +179,8 @@ def _make_plain_norm(module: nn.Module) -> None:
                 del tensors[name]
             elif tensor is not None:
                 row = tensor[0].detach().clone()
-                tensors[name] = nn.Parameter(row) if isinstance(tensor, nn.Parameter) else row
+                is_parameter = isinstance(tensor, nn.Parameter)
+                tensors[name] = nn.Parameter(row) if is_parameter else row  # type: ignore[assignment]
     module.__class__ = _PLAIN_NORMS[type(module)]
 
 

@@ -32,7 +32,7 @@ class Slots:
 
     def of_module(self, prefix: str, leaf: str, shape: Sequence[int]) -> ir.Value:
         """``<prefix>.<leaf>`` of a module."""
-        dtype = {"levels": INT8, "bias": INT32}.get(leaf, FLOAT)
+        dtype = {"levels": INT8, "zero_point": INT8, "bias": INT32}.get(leaf, FLOAT)
         return self.get(f"{prefix}.{leaf}", dtype, shape)
 
     def of_quantizer(self, prefix: str, leaf: str) -> ir.Value:
@@ -50,12 +50,14 @@ class Slots:
 
 def empty_slot(value: ir.Value) -> None:
     """Declare ``value``, an initializer, as a place without content."""
-    assert value.shape is not None and value.dtype is not None and value.name is not None
+    assert value.shape is not None
+    assert value.dtype is not None
+    assert value.name is not None
     shape = [int(dim) for dim in value.shape]  # type: ignore[arg-type]
     value.const_value = ir.ExternalTensor(
         "slots",
         0,
-        math.prod(shape) * value.dtype.itemsize,
+        int(math.prod(shape) * value.dtype.itemsize),
         value.dtype,
         shape=ir.Shape(shape),
         name=value.name,
@@ -82,8 +84,11 @@ def new_node(
 
     Args:
         before: the node that follows.
-        op_type, inputs, attributes, domain: of the new node.
+        op_type: of the new node.
+        inputs: of it.
         name: of its output, which nothing else has.
+        attributes: of the node.
+        domain: of its operator.
         dtype: of its output.
         like: a value of the same shape.
     """

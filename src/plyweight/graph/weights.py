@@ -75,9 +75,8 @@ class _Replacer:
             self._replace_value(node, index, param)  # somebody computes with `module.weight`
             return
         kind, op_type = layered.kind, node.op_type
-        if (kind == "convolution" and op_type == "Conv" and index == 1) or (
-            kind == "linear" and op_type == "Gemm" and index == 1 and _is_linear(node)
-        ):
+        is_convolution = kind == "convolution" and op_type == "Conv"
+        if index == 1 and (is_convolution or (kind == "linear" and _is_linear(node))):
             self._replace_product(node, name, layered)
         elif kind == "linear" and op_type == "Transpose" and _sole(node, "MatMul", 1) is not None:
             self._replace_product(_sole(node, "MatMul", 1), name, layered)
@@ -106,7 +105,7 @@ class _Replacer:
         quantizer = None
         if layered.activation is not None:
             quantizer = f"{layered.activation}{INPUT}"
-            mark(node, 0, quantizer, name=f"{out.name}.input")
+            mark(node, 0, quantizer, name=f"{out.name}/input")
         module = Module(
             param=layered.param,
             bias=layered.bias,
@@ -115,7 +114,7 @@ class _Replacer:
             is_transposed=node.op_type == "MatMul",
         )
         prefix = self._prefix(name or "model", module)
-        weight = self._weight(node, prefix, layered.param, transposed=module.is_transposed)
+        weight = self._weight(node, prefix, module)
         bias = self._bias(node, prefix, module)
         if node.op_type == "MatMul":
             node.replace_input_with(1, weight)
@@ -142,28 +141,35 @@ class _Replacer:
         shape = self._shape(layered.param)
         levels = self._slots.of_module(prefix, "levels", shape)
         scale = self._slots.of_module(prefix, "scale", shape[:1])
-        rows = new_node(node, "Gather", [levels, ids], f"{out.name}.levels", dtype=INT8)
-        values = new_node(node, "Cast", [rows], f"{out.name}.cast", {"to": int(FLOAT)})
-        scales = new_node(node, "Gather", [scale, ids], f"{out.name}.scale")
+        rows = new_node(node, "Gather", [levels, ids], f"{out.name}/levels", dtype=INT8)
+        values = new_node(node, "Cast", [rows], f"{out.name}/cast", {"to": int(FLOAT)})
+        scales = new_node(node, "Gather", [scale, ids], f"{out.name}/scale")
         axis = self._constant("last_axis", [-1])
-        column = new_node(node, "Unsqueeze", [scales, axis], f"{out.name}.column")
-        new = new_node(node, "Mul", [values, column], f"{out.name}.values", like=out)
+        column = new_node(node, "Unsqueeze", [scales, axis], f"{out.name}/column")
+        new = new_node(node, "Mul", [values, column], f"{out.name}/values", like=out)
         out.replace_all_uses_with(new, replace_graph_outputs=True)
         self._graph.remove(node, safe=True)
 
     def _replace_value(self, node: ir.Node, index: int, param: str) -> None:
-        prefix = self._prefix(f"{param}:value", Module(param=param))
-        node.replace_input_with(index, self._weight(node, prefix, param, transposed=False))
+        module = Module(param=param)
+        prefix = self._prefix(f"{param}:value", module)
+        node.replace_input_with(index, self._weight(node, prefix, module))
 
-    def _weight(self, node: ir.Node, prefix: str, param: str, *, transposed: bool) -> ir.Value:
-        shape = self._shape(param)
-        own = shape[::-1] if transposed else shape
-        levels = self._slots.of_module(prefix, "levels", own)
-        scale = self._slots.of_module(prefix, "scale", shape[:1])
+    def _weight(self, node: ir.Node, prefix: str, module: Module) -> ir.Value:
+        """The module's weight in float, which the runtime does not compute where it can fuse."""
+        shape = self._shape(module.param)
+        own = shape[::-1] if module.is_transposed else shape
+        inputs = [
+            self._slots.of_module(prefix, "levels", own),
+            self._slots.of_module(prefix, "scale", shape[:1]),
+        ]
+        if module.input is not None and node.op_type != "Conv":
+            # Without one ONNX Runtime multiplies matrices in float, though it means zero.
+            inputs.append(self._slots.of_module(prefix, "zero_point", shape[:1]))
         self._uses["weight"] += 1
-        name = f"{prefix}.values{self._uses['weight']}"
-        axis = {"axis": 1 if transposed else 0}
-        return new_node(node, "DequantizeLinear", [levels, scale], name, axis)
+        name = f"{prefix}/values{self._uses['weight']}"
+        axis = {"axis": 1 if module.is_transposed else 0}
+        return new_node(node, "DequantizeLinear", inputs, name, axis)
 
     def _bias(self, node: ir.Node, prefix: str, module: Module) -> ir.Value | None:
         if module.bias is None and module.norm is None:
@@ -174,7 +180,7 @@ class _Replacer:
         bias = self._slots.of_module(prefix, "bias", size)
         scale = self._slots.of_module(prefix, "bias_scale", size)
         self._uses["bias"] += 1
-        name = f"{prefix}.biases{self._uses['bias']}"
+        name = f"{prefix}/biases{self._uses['bias']}"
         return new_node(node, "DequantizeLinear", [bias, scale], name, {"axis": 0})
 
     def _norm_of(self, out: ir.Value, node: ir.Node) -> tuple[Norm | None, ir.Node | None]:
@@ -211,7 +217,7 @@ class _Replacer:
                 ir.Value(
                     name=name,
                     type=ir.TensorType(tensor.dtype),
-                    shape=tensor.shape,
+                    shape=ir.Shape([len(values)]),
                     const_value=tensor,
                 )
             )
@@ -246,7 +252,9 @@ def _sole(node: ir.Node, op_type: str, index: int | None) -> ir.Node | None:
 
 
 def _is_linear(node: ir.Node) -> bool:
-    """Whether a Gemm is ``x @ W.T + b`` and no more."""
+    """Whether ``node`` is a Gemm, ``x @ W.T + b`` and no more."""
+    if node.op_type != "Gemm":
+        return False
     expected = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
     defaults = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
     attributes = node.attributes
