@@ -295,8 +295,8 @@ def _session(graph: Graph, slots: Mapping[str, Array]) -> Any:
 def _learned_grid(skeleton: GraphSkeleton, activation: str, bit_width: int) -> Grid:
     quantizer = skeleton.quantizers[activation]
     own = quantizer.own_bit_widths.index(quantizer.own_bit_width(bit_width))
-    step = float(quantizer.steps[own])
-    zero_point = round(float(quantizer.zero_points[own]))
+    step = float(quantizer.steps[own].detach())
+    zero_point = round(float(quantizer.zero_points[own].detach()))
     return Grid(step, zero_point, (1 << int(quantizer.widths[own])) - 1)
 
 

@@ -39,9 +39,9 @@ __all__ = [
 
 DOMAIN = "plyweight"
 # Operators that move values or choose among them, whatever these are.
-_MOVING = frozenset(
-    "MaxPool Slice Reshape Flatten Transpose Squeeze Unsqueeze Expand "
-    "Concat Split Pad DepthToSpace SpaceToDepth".split()
+_MOVING = (
+    *("MaxPool", "Slice", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Expand"),
+    *("Concat", "Split", "Pad", "DepthToSpace", "SpaceToDepth"),
 )
 
 

@@ -8,9 +8,12 @@ all bit-widths. Which module a node comes from is in the metadata that the expor
 The copy shares the parameters of the model: nothing is copied but rows of batch norms and biases.
 """
 
+import contextlib
 import copy
+import logging
 import traceback
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -127,7 +130,7 @@ class GraphSkeleton:
         Raises:
             LayeringError: If it cannot be exported; it names module and operator.
         """
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             try:
                 program = torch.export.export(
                     self.model, inputs, dynamic_shapes=tuple(dynamic_shapes), strict=False
@@ -155,6 +158,20 @@ class GraphSkeleton:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             place = names.get(id(frame.f_locals.get("self")), "") or place
         return f"module {place!r}" if place else f"this {type(self.model).__name__}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch says about its own code, and about a library that is not needed."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
