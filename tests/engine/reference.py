@@ -79,7 +79,8 @@ class Addition:
 def run(model_bytes, slots, inputs):
     """The outputs of an ONNX model by name, its slots filled with ``slots``."""
     graph = onnx.load_from_string(model_bytes).graph
-    values = dict(slots) | dict(inputs)
+    here = [t for t in graph.initializer if t.name not in slots]
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in here} | dict(slots) | dict(inputs)
     for node in graph.node:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         arguments = [values[name] if name else None for name in node.input]
@@ -140,10 +141,13 @@ def relu(x):
 
 def max_pool(x, kernel_shape, pads=(0, 0, 0, 0), strides=(1, 1), **_):
     edges = ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3]))
-    levels = np.pad(x.levels, edges, constant_values=0)
-    windows = sliding_window_view(levels, kernel_shape, (2, 3))
-    levels = windows[:, :, :: strides[0], :: strides[1]].max(axis=(-2, -1))
-    return Grid(levels, x.step, x.zero_point)
+
+    def largest(levels):
+        padded = np.pad(levels, edges, constant_values=0)  # no level is less
+        windows = sliding_window_view(padded, kernel_shape, (2, 3))
+        return windows[:, :, :: strides[0], :: strides[1]].max(axis=(-2, -1))
+
+    return _moved(x, largest)
 
 
 def global_average_pool(x):
@@ -153,14 +157,54 @@ def global_average_pool(x):
 
 def flatten(x, axis=1):
     assert axis == 1
-    if isinstance(x, Grid):
-        return Grid(x.levels.reshape(len(x.levels), -1), x.step, x.zero_point)
-    return _float(x).reshape(len(x), -1)
+    return _moved(x, lambda array: array.reshape(len(array), -1))
+
+
+def constant(value=None, value_int=None, value_ints=None, **_):
+    if value is not None:
+        return onnx.numpy_helper.to_array(value)
+    return np.array(value_ints if value_int is None else value_int, np.int64)
+
+
+def shape(x, start=0, end=None):
+    return np.array(np.shape(getattr(x, "levels", x))[start:end], np.int64)
+
+
+def reshape(x, new, **_):
+    return _moved(x, lambda array: array.reshape([int(length) for length in new]))
+
+
+def squeeze(x, axes=None):
+    return np.squeeze(x, None if axes is None else tuple(axes))
+
+
+def slice_(x, starts, ends, axes=None, steps=None):
+    axes = range(len(starts)) if axes is None else axes
+    steps = [1] * len(starts) if steps is None else steps
+    taken = [slice(None)] * np.ndim(getattr(x, "levels", x))
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        taken[axis] = slice(int(start), int(end), int(step))
+    return _moved(x, lambda array: array[tuple(taken)])
+
+
+def pad(x, pads, value=None, axes=None, mode=b"constant"):
+    assert mode == b"constant"
+    before, after = np.split(np.asarray(pads), 2)
+    edges = list(zip(before, after, strict=True))
+    fill = 0 if value is None else np.asarray(value).item()
+    return _moved(x, lambda array: np.pad(array, edges, constant_values=fill))
+
+
+def reduce_mean(x, axes, keepdims=1, **_):
+    """Of floats: the runtime sums them in its own order, so grids should be on either side."""
+    return _float(x).mean(axis=tuple(int(a) for a in axes), keepdims=bool(keepdims), dtype=F32)
 
 
 OPERATORS = {
     "Add": add,
     "Clip": clip,
+    "Concat": lambda *parts, axis: np.concatenate(parts, axis),
+    "Constant": constant,
     "Conv": conv,
     "DequantizeLinear": dequantize_linear,
     "Flatten": flatten,
@@ -168,9 +212,22 @@ OPERATORS = {
     "GlobalAveragePool": global_average_pool,
     "MatMul": gemm,
     "MaxPool": max_pool,
+    "Pad": pad,
     "QuantizeLinear": quantize_linear,
+    "ReduceMean": reduce_mean,
     "Relu": relu,
+    "Reshape": reshape,
+    "Shape": shape,
+    "Slice": slice_,
+    "Squeeze": squeeze,
 }
+
+
+def _moved(x, move):
+    """``x`` with its values elsewhere: a grid stays one."""
+    if isinstance(x, Grid):
+        return Grid(move(x.levels), x.step, x.zero_point)
+    return move(_float(x))
 
 
 def _float(x):

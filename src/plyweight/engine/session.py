@@ -91,6 +91,8 @@ class OnnxRuntimeSession:
         if options.threads is not None:
             settings.intra_op_num_threads = options.threads
         settings.add_session_config_entry("session.load_model_format", "ONNX")
+        # Where only weights are quantized, activations are not to be rounded to 8 bits on the way.
+        settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if does_saturate(runtime):
             settings.add_session_config_entry("session.x64quantprecision", "1")
         wrapped = [runtime.OrtValue.ortvalue_from_numpy(value) for value in self._values.values()]
