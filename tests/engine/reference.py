@@ -160,10 +160,11 @@ def flatten(x, axis=1):
     return _moved(x, lambda array: array.reshape(len(array), -1))
 
 
-def constant(value=None, value_int=None, value_ints=None, **_):
-    if value is not None:
+def constant(**attributes):
+    ((name, value),) = attributes.items()
+    if name == "value":
         return onnx.numpy_helper.to_array(value)
-    return np.array(value_ints if value_int is None else value_int, np.int64)
+    return np.array(value, F32 if "float" in name else np.int64)
 
 
 def shape(x, start=0, end=None):
@@ -212,6 +213,7 @@ OPERATORS = {
     "GlobalAveragePool": global_average_pool,
     "MatMul": gemm,
     "MaxPool": max_pool,
+    "Min": np.minimum,
     "Pad": pad,
     "QuantizeLinear": quantize_linear,
     "ReduceMean": reduce_mean,
