@@ -105,9 +105,9 @@ def test_a_graph_computes_what_torch_does_and_no_convolution_in_float(net, packe
 
 def test_what_one_learned_quantizer_reads_alone_gets_no_other_grid(packed_nets):
     quantizers = packed_nets("SmallSqueezeNet").graph.quantizers
-    own = [name for name, quantizer in quantizers.items() if quantizer.activation is None]
+    own = {name for name, quantizer in quantizers.items() if quantizer.activation is None}
     # Two convolutions read what is squeezed, and a pooling the classes.
-    assert own == ["fire1.squeeze:conv", "fire2.squeeze:conv", "classes:conv"]
+    assert own == {"fire1.squeeze:conv", "fire2.squeeze:conv", "classes:conv"}
 
 
 def test_bit_widths_of_which_some_have_activations_of_8_bits_have_two_models(packed_nets):

@@ -22,14 +22,14 @@ class Branching(nn.Module):
         self.inner = nn.Linear(6, 6)
 
     def forward(self, x):
-        return self.inner(x) if x.sum() > 0 else x
+        return self.inner(x) if x.sum() > -1e9 else x
 
 
 class Unknown(nn.Module):
     """Computes with an operator that ONNX has not."""
 
     def forward(self, x):
-        return torch.geqrf(x)[0]
+        return torch.special.bessel_j0(x)
 
 
 def small(*modules, **options):
@@ -40,7 +40,7 @@ def small(*modules, **options):
     ("model", "inputs", "said"),
     [
         (lambda: small(Branching()), X, "module '1' cannot be traced"),
-        (lambda: small(Unknown()), X, "aten.geqrf.default of module '1'"),
+        (lambda: small(Unknown()), X, "operator prims.bessel_j0.default of module '1'"),
         (lambda: small(group_size=2), X, "0.weight has a scale for each group of 2 inputs"),
         (lambda: small().double(), X.double(), "0.weight is torch.float64"),
         (lambda: small(), [], "gave no batch"),

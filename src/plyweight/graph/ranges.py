@@ -13,6 +13,14 @@ the step ``t`` of each learned quantizer that reads the edge. With an odd ``k`` 
 halfway between two levels of the learned grid, so that ``round(round(x k / t) / k) =
 round(x / t)``: what the next convolution reads is what it would have read without the edge. At 8
 bits ``k = 1`` often wins, and edge and quantizer are one.
+
+Measured: a trained ResNet-8, 2,000 held-out images of CIFAR-10, 512 others to calibrate on; top-1
+equal to torch's in %.
+
+    bit-width                                8       4       3       2
+    the whole range                      99.45   97.65   94.85   91.35
+    fractions of the range               99.20   97.35   95.20   92.50
+    odd fractions of learned steps too   99.55   98.25   96.10   93.40
 """
 
 from collections.abc import Mapping, Sequence

@@ -11,6 +11,7 @@ The copy shares the parameters of the model: nothing is copied but rows of batch
 import contextlib
 import copy
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -210,17 +211,25 @@ def _check_float32(key: str, tensor: Tensor) -> None:
 
 
 def _unknown_operator(program: Any, error: BaseException) -> str:
-    """The node of ``program`` that ``error`` speaks of: its module and operator."""
+    """The operator that ``error``, raised by torch.onnx, speaks of, and its module."""
     text = "".join(traceback.format_exception(error))
+    found = re.search(r"call_function\[target=(?:torch\.ops\.)?([\w.]+)", text)
+    if found is None:
+        return "the network"
+    operator = found.group(1)
+    base = operator.split(".")[1] if "." in operator else operator
+    # torch.onnx takes operators apart before, so this one may be called a little otherwise here.
     for node in program.graph.nodes:
-        if node.op == "call_function" and f"{node.target}" in text:
-            stack = list(node.meta.get("nn_module_stack", {}).values())
-            place = stack[-1][0] if stack else ""
-            return f"operator {node.target} of module {place!r}"
-    return "the network"
+        if node.op == "call_function" and base in f"{node.target}":
+            places = list(node.meta.get("nn_module_stack", {}).values())
+            place = places[-1][0] if places else ""
+            return f"operator {operator} of module {place!r}"
+    return f"operator {operator}"
 
 
 def _line(error: BaseException) -> str:
-    """The first line of what ``error`` says, as a sentence."""
+    """The first line of what the first of ``error`` and its causes says, as a sentence."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0].strip().rstrip(".") + "."
