@@ -348,7 +348,7 @@ def test_packing_that_fails_midway_leaves_the_earlier_file(small, tmp_path, monk
         calls.append(arguments)
         raise MemoryError
 
-    monkeypatch.setattr("plyweight.packing.to_planes", full)
+    monkeypatch.setattr("plyweight.packing.contents.to_planes", full)
     with pytest.raises(MemoryError):
         pack(small, tmp_path / "packed")
     assert calls

@@ -95,7 +95,7 @@ _HOMES = {
     "lease": "plyweight.nn.bit_width",
     "load": "plyweight.loading.verbs",
     "open": "plyweight.engine.opening",
-    "pack": "plyweight.packing",
+    "pack": "plyweight.packing.verbs",
     "prepare": "plyweight.nn.swap",
     "recalibrate": "plyweight.train.batch_norm",
     "report": "plyweight.nn.report",
@@ -139,7 +139,7 @@ if TYPE_CHECKING:
     from plyweight.nn.bit_width import at_bit_width, bit_widths_of, lease, set_bit_width
     from plyweight.nn.report import Report, report
     from plyweight.nn.swap import prepare
-    from plyweight.packing import pack
+    from plyweight.packing.verbs import pack
     from plyweight.train.batch_norm import recalibrate
     from plyweight.train.calibrate import calibrate
     from plyweight.train.objective import JointObjective

@@ -160,7 +160,8 @@ def test_without_what_it_needs_a_command_says_what_to_install(capsys, tmp_path, 
     monkeypatch.setitem(sys.modules, "sklearn", None)
     result = run(capsys, "demo", "--out", tmp_path)
     assert_one_sentence(result, "plyweight demo needs sklearn", 'pip install "plyweight[demo]"')
-    monkeypatch.delitem(sys.modules, "plyweight.packing")
+    for name in [name for name in sys.modules if name.startswith("plyweight.packing")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     result = run(capsys, "pack", "net.pt", "out")
     assert_one_sentence(result, "plyweight pack needs torch", 'pip install "plyweight[train]"')

@@ -10,11 +10,11 @@ import typer
 
 from plyweight.cli.calling import (
     AllowHttp,
+    ArtifactId,
     AsJson,
     Authorities,
     CacheFolder,
     PublicKey,
-    parse_id,
     print_json,
     refuse_together,
     spoken_warnings,
@@ -48,10 +48,6 @@ Providers = Annotated[
     list[str] | None,
     typer.Option("--provider", metavar="NAME", help="Of ONNX Runtime; repeatable."),
 ]
-Id = Annotated[
-    str | None,
-    typer.Option("--id", parser=parse_id, metavar="HEX", help="Id that the artifact must have."),
-]
 WARM_BYTES = 2**40  # a benchmark keeps every width
 
 
@@ -67,7 +63,7 @@ def run(
     best: Annotated[int, typer.Option("--top", min=1, metavar="N", help="Classes to show.")] = 5,
     threads: Threads = None,
     providers: Providers = None,
-    artifact_id: Id = None,
+    artifact_id: ArtifactId = None,
     public_key: PublicKey = None,
     authorities: Authorities = None,
     cache: CacheFolder = None,
@@ -169,6 +165,8 @@ def _fetch_options(
     allow_http: bool,
 ) -> "FetchOptions":
     """Those that were given; most of them are for URLs alone."""
+    from plyweight.delivery import is_remote
+
     options: FetchOptions = {}
     if artifact_id is not None:
         options["artifact_id"] = artifact_id
@@ -180,7 +178,7 @@ def _fetch_options(
         options["cache"] = cache
     if allow_http:
         options["allow_http"] = True
-    if "://" in artifact:
+    if is_remote(artifact):
         options["token"] = token()
     return options
 

@@ -1,4 +1,4 @@
-"""pack: a trained model becomes one artifact.
+"""Contents: a state dict, sorted into what the layers of an artifact hold.
 
 Everything is read from the state dict, which carries what :func:`plyweight.prepare` knew, so a
 model and a checkpoint of it make the same file:
@@ -12,30 +12,13 @@ model and a checkpoint of it make the same file:
 """
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from plyweight.artifact import (
-    GRAPH_NAME,
-    Activation,
-    ArtifactReader,
-    Graph,
-    LayerContent,
-    LayeredWeight,
-    ModelInfo,
-    Receipt,
-    TensorData,
-    inspect,
-    write_artifact,
-)
+from plyweight.artifact import Activation, LayerContent, LayeredWeight, TensorData
 from plyweight.artifact.names import (
     gain_name,
     planes_name,
@@ -44,14 +27,12 @@ from plyweight.artifact.names import (
     zero_point_name,
 )
 from plyweight.codec import codes_at, encode, spread, to_planes
-from plyweight.errors import BitWidthError, LayeringError, listed
-from plyweight.graph.description import described
+from plyweight.errors import LayeringError, listed
 from plyweight.nn.norm import BATCH_COUNT, BATCH_NORM_TENSORS
-from plyweight.nn.swap import unwrapped
 from plyweight.quantizers import ActivationQuantizer
 from plyweight.quantizers.weight import scale_of
 
-__all__ = ["pack"]
+__all__ = ["Contents", "checked_state"]
 
 _DTYPE_NAMES = {
     torch.bool: "BOOL",
@@ -68,116 +49,6 @@ _DTYPE_NAMES = {
 # What the state dicts of the quantizers hold.
 _WEIGHT_STATE = ("clip", "gain", "model_bit_widths", "pinned", "group_size")
 _ACTIVATION_STATE = ("clip", "offset", "model_bit_widths", "pinned", "widths", "kind_index")
-
-
-def pack(
-    model: nn.Module | Mapping[str, Tensor],
-    path: str | os.PathLike[str],
-    *,
-    name: str | None = None,
-    revision: int = 0,
-    license: str | None = None,
-    evaluation: Mapping[int, Mapping[str, str]] | None = None,
-    example_inputs: Any = None,
-    preprocessing: Mapping[str, Any] | None = None,
-    labels: Sequence[str] | None = None,
-) -> Receipt:
-    """Write ``model`` as one artifact; every stored bit-width is a prefix of the file.
-
-    The same weights (and example inputs) make the same bytes. The file appears whole or not at
-    all. With example inputs the artifact carries its graph, and runs where there is no torch: see
-    :func:`plyweight.open`.
-
-    Args:
-        model: what :func:`plyweight.prepare` returned, trained; or its ``state_dict()``.
-        path: of the file to write.
-        name: of the model, for people; its class name by default.
-        revision: counts up with every publication under that name.
-        license: an identifier such as "Apache-2.0".
-        evaluation: metrics by bit-width, decimal strings: ``{4: {"accuracy": "0.981"}}``.
-        example_inputs: what the model takes: a tensor; a tuple, the arguments of its forward; or
-            batches (a data loader), of which the model takes as many items as it has to have.
-            Needs the extra ``[onnx]``. The model is exported with the first batch; ranges of
-            activations that no training has learned are calibrated on all of them, so give a
-            few hundred real samples. The first dimension may have any length afterwards, and so
-            may those that differ from batch to batch.
-        preprocessing: how data become inputs, for those who feed the graph; texts, integers,
-            lists and mappings, with fractions as decimal texts.
-        labels: the names of the classes.
-
-    Returns:
-        What is in the file and what it costs, read back from it.
-
-    Raises:
-        LayeringError: If the model is not layered, a weight is not finite, an activation
-            quantizer has not seen a batch, a tensor cannot be stored, or an argument is wrong;
-            and if there are example inputs and the model cannot be exported.
-        BitWidthError: If ``evaluation`` names a bit-width that the model does not have.
-        OutputError: If the file cannot be written.
-        ImportError: If there are example inputs and the extra ``[onnx]`` is not installed.
-    """
-    default_name = "model"
-    if isinstance(model, nn.Module):
-        model = unwrapped(model)
-        default_name = type(model).__name__
-    contents = _Contents.of(_checked(model), by_object=isinstance(model, nn.Module))
-    _check_arguments(path, name, revision, license, evaluation, contents.bit_widths)
-    info = ModelInfo(
-        name=default_name if name is None else name,
-        revision=revision,
-        created_by=f"plyweight {version('plyweight')}",
-        license=license,
-        config_sha256=None,
-    )
-    graph = None if example_inputs is None else _graph(model, example_inputs, contents, info)
-    io = described(graph, preprocessing, labels)
-    _write(path, contents, info, graph=graph, evaluation=evaluation, io=io)
-    return inspect(path)
-
-
-def _graph(model: object, example_inputs: Any, contents: "_Contents", info: ModelInfo) -> Graph:
-    """The graph of ``model``, whose artifact is written without it first, to calibrate on it."""
-    if not isinstance(model, nn.Module):
-        raise LayeringError(
-            "example_inputs were given with a state dict, which does not say what is computed; "
-            "pack the model itself."
-        )
-    try:
-        from plyweight.graph.build import build_graph
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"a graph needs onnx, onnxscript and onnxruntime ({error}); run: pip install "
-            '"plyweight[onnx]", or pack without example_inputs.'
-        ) from error
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "without-graph")
-        _write(path, contents, info)
-        return build_graph(model, example_inputs, ArtifactReader(path))
-
-
-def _write(
-    path: str | os.PathLike[str],
-    contents: "_Contents",
-    info: ModelInfo,
-    *,
-    graph: Graph | None = None,
-    evaluation: Mapping[int, Mapping[str, str]] | None = None,
-    io: Mapping[str, Any] | None = None,
-) -> None:
-    layers = [contents.layer(i) for i in range(len(contents.bit_widths))]
-    if graph is not None:
-        data = graph.to_bytes()
-        tensor = TensorData(GRAPH_NAME, "U8", (len(data),), data)
-        layers[0] = LayerContent(layers[0].bit_width, (*layers[0].tensors, tensor))
-    write_artifact(
-        path,
-        layers=layers,
-        weights={p: weight.record for p, weight in contents.weights.items()},
-        activations={m: _activation(q) for m, q in contents.activations.items()},
-        model=info,
-        evaluation=evaluation,
-        io=io,
-    )
 
 
 @dataclass
@@ -204,7 +75,7 @@ class _Weight:
 
 
 @dataclass
-class _Contents:
+class Contents:
     """A state dict, sorted by what its tensors are, each in the order of the state dict."""
 
     bit_widths: tuple[int, ...]
@@ -214,7 +85,12 @@ class _Contents:
     plain: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor], *, by_object: bool) -> "_Contents":
+    def of(cls, state: Mapping[str, Tensor], *, by_object: bool) -> "Contents":
+        """Sort ``state``; tied tensors are known by object, or by the memory that they share.
+
+        Raises:
+            LayeringError: If it is not of a prepared model, or cannot be stored.
+        """
         owners = [k.removesuffix("model_bit_widths") for k in state if _is(k, "model_bit_widths")]
         widths = {tuple(state[f"{owner}model_bit_widths"].tolist()) for owner in owners}
         if any(_is(key, "packed_weight.scale") for key in state):
@@ -255,6 +131,15 @@ class _Contents:
             else:
                 contents.plain[key] = tensor
         return contents
+
+    def records(self) -> tuple[dict[str, LayeredWeight], dict[str, Activation]]:
+        """What the header says of weights and of activations, by name."""
+        weights = {param: weight.record for param, weight in self.weights.items()}
+        activations = {}
+        for module, quantizer in self.activations.items():
+            widths = dict(zip(quantizer.own_bit_widths, quantizer.widths.tolist(), strict=True))
+            activations[module] = Activation(kind=quantizer.kind, bit_widths=widths)  # type: ignore[arg-type]
+        return weights, activations
 
     def layer(self, index: int) -> LayerContent:
         """What layer ``index`` holds: what its bit-width adds to the one before."""
@@ -391,11 +276,6 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def _activation(quantizer: ActivationQuantizer) -> Activation:
-    widths = dict(zip(quantizer.own_bit_widths, quantizer.widths.tolist(), strict=True))
-    return Activation(kind=quantizer.kind, bit_widths=widths)  # type: ignore[arg-type]
-
-
 def _tensor_data(name: str, tensor: Tensor) -> TensorData:
     if tensor.dtype not in _DTYPE_NAMES:
         raise LayeringError(
@@ -407,7 +287,7 @@ def _tensor_data(name: str, tensor: Tensor) -> TensorData:
     return TensorData(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), raw)
 
 
-def _checked(model: object) -> dict[str, Tensor]:
+def checked_state(model: object) -> dict[str, Tensor]:
     """The state dict of ``model``, or ``model`` if it is one already."""
     # The parameters themselves, so that tied ones are known by identity.
     state = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
@@ -426,37 +306,6 @@ def _checked(model: object) -> dict[str, Tensor]:
             )
     # What torch.compile puts before every name.
     return {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}
-
-
-def _check_arguments(
-    path: object,
-    name: object,
-    revision: object,
-    license: object,
-    evaluation: object,
-    bit_widths: tuple[int, ...],
-) -> None:
-    if not isinstance(path, (str, os.PathLike)):
-        raise LayeringError(f"path is a {type(path).__name__}; give the file to write.")
-    for what, text in (("name", name), ("license", license)):
-        if text is not None and not isinstance(text, str):
-            raise LayeringError(f"{what} is {text!r}; give a text or None.")
-    if type(revision) is not int or revision < 0:
-        raise LayeringError(f"revision is {revision!r}; give an integer of 0 or more.")
-    if evaluation is None:
-        return
-    if not isinstance(evaluation, Mapping):
-        raise LayeringError(f"evaluation is {evaluation!r}; give metrics by bit-width.")
-    for bit_width, metrics in evaluation.items():
-        if bit_width not in bit_widths:
-            raise BitWidthError(bit_width, stored=bit_widths, where="the model")
-        if not isinstance(metrics, Mapping) or not all(
-            isinstance(text, str) for item in metrics.items() for text in item
-        ):
-            raise LayeringError(
-                f"evaluation[{bit_width}] is {metrics!r}; give decimal strings by metric, such as "
-                "{'accuracy': '0.981'}."
-            )
 
 
 def _is(key: str, ending: str) -> bool:
