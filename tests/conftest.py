@@ -1,10 +1,16 @@
 """What every test shares. Nothing here needs torch: tests of codes and bytes run without it."""
 
+import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from graph.packed import Packed
 
 # Before torch is imported: nets of tests are tiny, and two threads that wait for each other on a
 # busy machine take ten times as long as one.
@@ -29,3 +35,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
             pytest.skip("there is no CUDA device here")
+
+
+@pytest.fixture(scope="session")
+def packed_nets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], "Packed"]:
+    """The small networks of ``graph/packed.py``, each exported once, when it is first asked for."""
+
+    @functools.cache
+    def packed_net(name: str) -> "Packed":
+        from graph.packed import packed_in
+
+        return packed_in(tmp_path_factory.mktemp(name), name)
+
+    return packed_net
