@@ -70,6 +70,7 @@ class Engine:
         )
         self._warm = WarmWidths(warm_bytes)
         self._warm.install(bit_width, self._session(self._layers, bit_width))
+        give_back()
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -229,9 +230,8 @@ class Engine:
     def _compute_at(self, bit_width: int, layers: Sequence[Views]) -> None:
         """Make that session current, a new one where it is not warm."""
         if not self._warm.switch(bit_width):
-            has_dropped = self._warm.install(bit_width, self._session(layers, bit_width))
-            if has_dropped:
-                give_back()
+            self._warm.install(bit_width, self._session(layers, bit_width))
+            give_back()
 
     def _session(self, layers: Sequence[Views], bit_width: int) -> Session:
         model = self._graph.model_for(bit_width)

@@ -85,8 +85,8 @@ class WarmWidths:
             self._by_width.move_to_end(bit_width)
             return True
 
-    def install(self, bit_width: int, session: Session) -> bool:
-        """Make a new session current; whether older ones had to leave for it.
+    def install(self, bit_width: int, session: Session) -> None:
+        """Make a new session current; the oldest ones leave for it where there is no room.
 
         Raises:
             EngineError: If the engine is closed.
@@ -103,7 +103,6 @@ class WarmWidths:
                     leaving.append(warm.bit_width)
             for width in leaving:
                 self._let_go(width)
-            return bool(leaving)
 
     def drop(self, is_dropped: Callable[[int], bool]) -> None:
         """Let go of the bit-widths for which that holds, and wait for requests with them."""
