@@ -8,7 +8,7 @@ from delivery.relay import relay
 from delivery.servers import hostile, nginx, plain_server, s3
 from delivery.test_fetch import keys
 
-from plyweight.artifact import ArtifactReader, Header, split, write_artifact
+from plyweight.artifact import ArtifactReader, ByteRange, Header, split, write_artifact
 from plyweight.delivery import chunks
 from plyweight.delivery.fetch import fetch
 from plyweight.delivery.signing import sign
@@ -53,6 +53,17 @@ def test_a_server_without_ranges_sends_each_file_hardly_more_than_once(tmp_path,
     # Two replies are hung up on before ranges are given up; what the sockets hold of them is sent.
     assert between.sent <= 3 * header.file_bytes
     assert fetched.transfer.received_bytes <= between.sent
+
+
+@pytest.mark.parametrize(("serve", "has_ranges"), [(plain_server, False), (nginx, True)])
+def test_a_part_that_comes_as_asked_shows_no_ranges_where_there_are_none(folder, serve, has_ranges):
+    header = Header.parse((folder / "net").read_bytes())
+    with serve(folder / "split") as server:
+        source = open_remote(f"{server.url}/layers.json")
+        with source.get(ByteRange(0, header.data_start)) as reply:
+            assert reply.byte_range == ByteRange(0, header.data_start)
+            assert reply.has_ranges == has_ranges
+        source.close()
 
 
 def test_a_server_with_ranges_serves_parts_too(folder, tmp_path):

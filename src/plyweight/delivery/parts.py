@@ -88,6 +88,7 @@ class PartsSource:
                 total_bytes=sidecar.size,
                 identity=sidecar.artifact_id,
                 body=_between(reply.body, position, got),
+                has_ranges=reply.has_ranges,
             )
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from plyweight.artifact import Header
 from plyweight.delivery.chunks import Chunk, Gatherer, plan
 from plyweight.delivery.filling import Filling
 from plyweight.delivery.retry import Patience
-from plyweight.delivery.source import RemoteSource, is_split
+from plyweight.delivery.source import RemoteSource
 from plyweight.delivery.transfer import Meter, Progress, Stream, ask
 from plyweight.errors import DigestError, SourceError, TransferError
 
@@ -108,7 +108,7 @@ class Puller:
         """
         gatherer = self._begun[self._owner] = self._gatherer(self._filling.missing)
         whole = stream.ignores_range
-        if not whole and not is_split(self._source):  # whose header is a file, and comes as asked
+        if stream.has_ranges:
             self._ranges_work.set()
         with self._last_report():
             if not whole or self._waste_of(stream, gatherer) <= self._max_waste_bytes:

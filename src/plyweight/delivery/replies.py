@@ -116,7 +116,8 @@ class Question:
         if total is not None and total <= self.byte_range.start:
             raise self._ends_before(total)
         got = ByteRange(0, self.byte_range.stop if total is None else total)
-        return Reply(got, total, found, self._body(pieces, got, ends=exact))
+        body = self._body(pieces, got, ends=exact)
+        return Reply(got, total, found, body, has_ranges=False)
 
     def _peeked(self, pieces: Iterator[bytes]) -> tuple[Iterator[bytes], int | None]:
         """The same pieces, and how many bytes they are if they end soon."""

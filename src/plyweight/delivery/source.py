@@ -39,17 +39,20 @@ class Reply:
 
     Attributes:
         byte_range: of the bytes that ``body`` gives: as asked; or shorter, from the same start; or
-            from byte 0 to the end of the object where the server ignores ranges.
+            all of the object, or of that file of it, where the server ignores ranges.
         total_bytes: of the whole object; None where the server does not say.
         identity: what changes when the object does (a strong ETag, a version); None if unknown.
         body: the bytes in order, in pieces of at most a few MiB. It raises ``TransferError`` if
             they end early, and stops at the end of ``byte_range`` if there are more.
+        has_ranges: whether it shows that the server knows ranges: one that ignores them may send
+            as much as was asked for because its file has no more.
     """
 
     byte_range: ByteRange
     total_bytes: int | None
     identity: str | None
     body: Iterator[bytes | bytearray | memoryview]
+    has_ranges: bool = True
 
 
 @runtime_checkable

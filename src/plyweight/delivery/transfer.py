@@ -92,11 +92,12 @@ class Stream:
         total_bytes: of the object, or None.
         byte_range: that the reply covers.
         ignores_range: whether it is more than what was asked for: all of a file.
+        has_ranges: whether it shows that the source knows ranges.
     """
 
     def __init__(self, reply: Reply, asked: ByteRange, meter: Meter) -> None:
         self.identity, self.total_bytes = reply.identity, reply.total_bytes
-        self.byte_range = reply.byte_range
+        self.byte_range, self.has_ranges = reply.byte_range, reply.has_ranges
         self.ignores_range = reply.byte_range.start < asked.start or (
             reply.byte_range.stop > asked.stop
         )
