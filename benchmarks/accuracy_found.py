@@ -16,8 +16,9 @@ from cifar10_recipe import QuantizedRecipe
 BIT_WIDTHS = (2, 3, 4, 6, 8)
 ALL_WIDTHS = "layered-all"
 # What of a recipe says how bit-widths share a run, and what calibration alone heeds.
-AMONG_BIT_WIDTHS = {"balance", "sampling", "num_random", "clip_weights"}
-AMONG_BIT_WIDTHS |= {"width_weights", "rates", "teacher_of"}
+AMONG_BIT_WIDTHS = {
+    *("balance", "sampling", "num_random", "width_weights", "clip_weights", "rates", "teacher_of")
+}
 OF_CALIBRATION = ("activations", "batch_size", "calibration_batches")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from cifar10_recipe import QUANTIZED, for_bit_widths
 
@@ -39,6 +39,18 @@ EXAMPLE = Variant(
     clip_weights=for_bit_widths(QUANTIZED.clip_weights, BIT_WIDTHS),
     rates="inverse",
 )
+
+
+def example_with(question: str, **changes: Any) -> Variant:
+    """The recipe of the example but for one lever."""
+    return replace(EXAMPLE, question=question, base="example", **changes)
+
+
+def recipe(question: str, options: dict | None = None, **changes: Any) -> Variant:
+    """From calibrated grids, with a float teacher."""
+    return Variant(question, options or {}, has_teacher=True, is_calibrated=True, **changes)
+
+
 VARIANTS = {
     "mean": Variant("plain mean over the bit-widths, distillation, from prepare's grids"),
     "weighted": Variant(
@@ -50,81 +62,39 @@ VARIANTS = {
     "labels": Variant("no distillation", {"distillation": None}),
     "teacher": Variant("a float teacher for the widest", has_teacher=True),
     "calibrated": Variant("training starts from plyweight.calibrate", is_calibrated=True),
-    "recipe": Variant(
-        "calibrated start, float teacher, learning rate 0.01",
-        has_teacher=True,
-        is_calibrated=True,
-        learning_rate=0.01,
+    "recipe": recipe("calibrated start, float teacher, learning rate 0.01", learning_rate=0.01),
+    "recipe-0.02": recipe(
+        "calibrated start, float teacher, learning rate 0.02", learning_rate=0.02
     ),
-    "recipe-0.02": Variant(
-        "calibrated start, float teacher, learning rate 0.02",
-        has_teacher=True,
-        is_calibrated=True,
-        learning_rate=0.02,
-    ),
-    "recipe-0.04": Variant(
-        "calibrated start, float teacher, learning rate 0.04", has_teacher=True, is_calibrated=True
-    ),
-    "recipe-rows": Variant(
+    "recipe-0.04": recipe("calibrated start, float teacher, learning rate 0.04"),
+    "recipe-rows": recipe(
         "the same, own rows of every width at 5 times the rate",
-        has_teacher=True,
-        is_calibrated=True,
         rates=dict.fromkeys(BIT_WIDTHS, 5.0),
     ),
-    "recipe-sandwich": Variant(
-        "the same by the sandwich rule",
-        {"sampling": "sandwich"},
-        has_teacher=True,
-        is_calibrated=True,
+    "recipe-sandwich": recipe("the same by the sandwich rule", {"sampling": "sandwich"}),
+    "recipe-direct": recipe(
+        "the same, the float network teaches every width", {"teacher_of": "all"}
     ),
-    "recipe-direct": Variant(
-        "the same, the float network teaches every width",
-        {"teacher_of": "all"},
-        has_teacher=True,
-        is_calibrated=True,
-    ),
-    "recipe-weighted": Variant(
+    "recipe-weighted": recipe(
         "the same, weights 1 / 1.5 / 2 for >= 4 / 3 / 2 bits",
         {"weights": {8: 1.0, 6: 1.0, 4: 1.0, 3: 1.5, 2: 2.0}},
-        has_teacher=True,
-        is_calibrated=True,
     ),
-    "recipe-0.08": Variant(
-        "calibrated start, float teacher, learning rate 0.08",
-        has_teacher=True,
-        is_calibrated=True,
-        learning_rate=0.08,
+    "recipe-0.08": recipe(
+        "calibrated start, float teacher, learning rate 0.08", learning_rate=0.08
     ),
     "example": EXAMPLE,
-    "example-start": replace(
-        EXAMPLE,
-        base="example",
-        question="from the grids of prepare",
-        is_calibrated=False,
+    "example-start": example_with("from the grids of prepare", is_calibrated=False),
+    "example-clips": example_with("clips that serve all bit-widths alike", clip_weights=None),
+    "example-weights": example_with(
+        "losses of all bit-widths alike", options={"teacher_of": "all"}
     ),
-    "example-clips": replace(
-        EXAMPLE, base="example", question="clips that serve all bit-widths alike", clip_weights=None
-    ),
-    "example-weights": replace(
-        EXAMPLE,
-        base="example",
-        question="losses of all bit-widths alike",
-        options={"teacher_of": "all"},
-    ),
-    "example-rates": replace(
-        EXAMPLE, base="example", question="own rows at the rate of the weights", rates=None
-    ),
-    "example-chain": replace(
-        EXAMPLE,
-        base="example",
-        question="each bit-width learns from the next wider one, the widest from float",
+    "example-rates": example_with("own rows at the rate of the weights", rates=None),
+    "example-chain": example_with(
+        "each bit-width learns from the next wider one, the widest from float",
         options={"weights": WEIGHTS},
     ),
-    "example-sandwich": replace(
-        EXAMPLE,
-        base="example",
-        question="by the sandwich rule",
-        options=EXAMPLE.options | {"sampling": "sandwich"},
+    "example-sandwich": example_with(
+        "by the sandwich rule", options=EXAMPLE.options | {"sampling": "sandwich"}
     ),
     "sandwich": Variant("widest, narrowest, one between", {"sampling": "sandwich"}),
     "gains": Variant("gains as they start, not learned", learns_gains=False),
