@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from plyweight.artifact import Receipt, Source
 from plyweight.artifact import inspect as inspect_local
+from plyweight.artifact.opening import is_url, require_id
 from plyweight.artifact.reader import naming, num_held
 from plyweight.artifact.receipt import receipt_of
-from plyweight.errors import TrustError
 
 if TYPE_CHECKING:
     from plyweight.delivery import RemoteSource, Transfer
@@ -70,11 +70,7 @@ def inspect(
     """
     if _is_local(address):
         receipt = inspect_local(address)
-        if artifact_id not in (None, receipt.artifact_id):
-            raise TrustError(
-                f"{address} is artifact {receipt.artifact_id}, but {artifact_id} was asked for; "
-                "check the path and where the id is from."
-            )
+        require_id(address, receipt.artifact_id, artifact_id)
         return receipt
     from plyweight.delivery import fetch_header
 
@@ -93,6 +89,4 @@ def inspect(
 
 
 def _is_local(address: object) -> "TypeGuard[str | os.PathLike[str] | Source]":
-    if isinstance(address, str):
-        return "://" not in address
-    return isinstance(address, os.PathLike | Source)
+    return isinstance(address, str | os.PathLike | Source) and not is_url(address)

@@ -8,13 +8,19 @@ a source of bytes            itself
 import contextlib
 import os
 from pathlib import Path
+from typing import TypeGuard
 
 from plyweight.artifact.parts import SplitSource
 from plyweight.artifact.sidecar import SIDECAR_FILE
 from plyweight.artifact.source import FileSource, Source
-from plyweight.errors import SourceError
+from plyweight.errors import SourceError, TrustError
 
-__all__ = ["open_source", "split_folder"]
+__all__ = ["is_url", "open_source", "require_id", "split_folder"]
+
+
+def is_url(address: object) -> TypeGuard[str]:
+    """Whether that is an address of something elsewhere, not a path and not a source."""
+    return isinstance(address, str) and "://" in address
 
 
 def open_source(path_or_source: str | os.PathLike[str] | Source) -> Source:
@@ -26,7 +32,7 @@ def open_source(path_or_source: str | os.PathLike[str] | Source) -> Source:
     """
     if isinstance(path_or_source, str | os.PathLike):
         path = os.fspath(path_or_source)
-        if "://" in path:
+        if is_url(path):
             raise SourceError(
                 f"{path.partition('?')[0]} is a URL, and files are read here; fetch it with "
                 "`plyweight.fetch`, which verifies every layer that it brings."
@@ -50,3 +56,21 @@ def split_folder(path: str | os.PathLike[str]) -> Path | None:
         if (named / SIDECAR_FILE).is_file():
             return named
     return None
+
+
+def require_id(name: object, found: str, wanted: str | None) -> None:
+    """Refuse another artifact than the one that was asked for, if one was.
+
+    Args:
+        name: of where it is, for the message.
+        found: the id of what is there.
+        wanted: the id that it must have; None for any.
+
+    Raises:
+        TrustError: If it has another.
+    """
+    if wanted not in (None, found):
+        raise TrustError(
+            f"{name} is artifact {found}, but {wanted} was asked for; check the path and where the "
+            "id is from."
+        )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from plyweight.artifact import ByteRange, Header, Source
+from plyweight.artifact.opening import is_url
 from plyweight.delivery.budget import Budget, Choice
 from plyweight.delivery.cache import Cache
 from plyweight.delivery.client import (
@@ -280,9 +281,9 @@ def evict(
 
 def is_remote(address: object) -> bool:
     """Whether that is an address to fetch from, not a path or a source to read."""
-    if isinstance(address, str):
-        return "://" in address
-    return isinstance(address, RemoteSource) and not isinstance(address, Source)
+    return is_url(address) or (
+        isinstance(address, RemoteSource) and not isinstance(address, Source)
+    )
 
 
 @contextmanager

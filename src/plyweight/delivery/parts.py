@@ -33,8 +33,6 @@ class PartsSource:
         SourceError: If the address has a query, which the other files would need as well.
     """
 
-    is_split = True
-
     def __init__(self, address: str, open_source: Callable[[str], RemoteSource]) -> None:
         if "?" in address or "#" in address:
             raise SourceError(

@@ -3,10 +3,11 @@
 import os
 
 from plyweight.artifact import ArtifactReader, Source, TensorView
+from plyweight.artifact.opening import require_id
 from plyweight.delivery.budget import Budget
 from plyweight.delivery.cache import Cache
 from plyweight.delivery.fetch import FetchOptions, fetch, is_remote
-from plyweight.errors import DigestError, LayeringError, TrustError, listed
+from plyweight.errors import DigestError, LayeringError, listed
 
 __all__ = ["Address", "opened_at", "without_limits"]
 
@@ -46,12 +47,7 @@ def opened_at(
             f"{listed(OF_A_FILE)}."
         )
     reader = ArtifactReader(address)
-    pin = options.get("artifact_id")
-    if pin not in (None, reader.header.artifact_id):
-        raise TrustError(
-            f"{reader.source.name} is artifact {reader.header.artifact_id}, but {pin} was asked "
-            "for; check the path and where the id is from."
-        )
+    require_id(reader.source.name, reader.header.artifact_id, options.get("artifact_id"))
     limits = {name: options.get(name) for name in ("max_bytes", "max_ram")}
     if not any(value is not None for value in limits.values()):
         return reader, reader.held_bit_widths[-1] if bit_width is None else bit_width

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from plyweight.artifact import ByteRange, FileSource, Source, open_source
+from plyweight.artifact.opening import is_url
 from plyweight.artifact.sidecar import SIDECAR_FILE
 from plyweight.errors import SourceError, TransferError
 
@@ -24,7 +25,6 @@ __all__ = [
     "LocalSource",
     "RemoteSource",
     "Reply",
-    "is_split",
     "open_file",
     "open_remote",
     "read_small",
@@ -137,16 +137,15 @@ def open_remote(
     """
     if isinstance(address, RemoteSource):
         return address
-    scheme = address.partition("://")[0] if isinstance(address, str) and "://" in address else ""
-    if scheme and str(address).partition("?")[0].endswith(f"/{SIDECAR_FILE}"):
+    if not is_url(address):
+        return LocalSource(open_source(address))
+    if address.partition("?")[0].endswith(f"/{SIDECAR_FILE}"):
         from plyweight.delivery.parts import PartsSource
 
         return PartsSource(
-            str(address), lambda file: open_file(file, token=token, allow_http=allow_http)
+            address, lambda file: open_file(file, token=token, allow_http=allow_http)
         )
-    if scheme:
-        return open_file(str(address), token=token, allow_http=allow_http)
-    return LocalSource(open_source(address))
+    return open_file(address, token=token, allow_http=allow_http)
 
 
 def open_file(address: str, *, token: str | None = None, allow_http: bool = False) -> RemoteSource:
@@ -161,7 +160,7 @@ def open_file(address: str, *, token: str | None = None, allow_http: bool = Fals
         SourceError: If there is no source for that address, or it may not be used.
         ImportError: If what the source needs is not installed.
     """
-    if "://" not in address:
+    if not is_url(address):
         return LocalSource(FileSource(address))
     scheme = address.partition("://")[0]
     if scheme in ("http", "https"):
@@ -208,8 +207,3 @@ def read_small(source: RemoteSource, most_bytes: int) -> bytes:
             return bytes(data)
         if len(data) == before:
             raise TransferError(f"{source.name} sent {before} of {total} bytes and then none.")
-
-
-def is_split(source: RemoteSource) -> bool:
-    """Whether its object is in several files, one for each layer."""
-    return bool(getattr(source, "is_split", False))

@@ -18,10 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plyweight.artifact import Source
+from plyweight.artifact.opening import is_url
 from plyweight.artifact.sidecar import MAX_SIDECAR_BYTES
+from plyweight.delivery.parts import PartsSource
 from plyweight.delivery.retry import Patience
 from plyweight.delivery.signing import MAX_SIGNATURE_BYTES, verify_signature
-from plyweight.delivery.source import RemoteSource, is_split, open_file, read_small
+from plyweight.delivery.source import RemoteSource, open_file, read_small
 from plyweight.errors import LayeringError, TransferError, TrustError, TrustWarning
 
 __all__ = ["agreed", "signed_id", "warn_of_first_use"]
@@ -113,8 +115,8 @@ def warn_of_first_use(name: str, artifact_id: str) -> None:
 def _sidecar_of(address: PathLike | Source | RemoteSource, source: RemoteSource) -> str:
     """Where the sidecar is if nothing else is said."""
     # As it was given, with user and query: a name has neither.
-    place = address if isinstance(address, str) and "://" in address else source.name
-    return place if is_split(source) else _longer(place, ".layers.json")
+    place = address if is_url(address) else source.name
+    return place if isinstance(source, PartsSource) else _longer(place, ".layers.json")
 
 
 def _longer(address: str, ending: str) -> str:
