@@ -12,7 +12,7 @@ import pytest
 from artifact.builders import big_content, build
 from cli.calls import assert_called_wrongly, assert_one_sentence, run, run_json
 from delivery.servers import hostile
-from delivery.test_fetch import keys
+from delivery.signers import keys, pem_of, public_pem_of
 
 import plyweight
 from plyweight.artifact import Header, split, write_artifact
@@ -253,7 +253,6 @@ def test_a_signature_by_a_certificate_names_who_vouches_for_it(capsys, artifact,
 def test_the_password_of_a_key_comes_from_the_environment(capsys, artifact, tmp_path, monkeypatch):
     pytest.importorskip("model_signing")
     from cryptography.hazmat.primitives.asymmetric import ec
-    from delivery.test_signing import pem_of, public_pem_of
 
     key = ec.generate_private_key(ec.SECP256R1())
     (tmp_path / "key.pem").write_bytes(pem_of(key, b"open sesame"))

@@ -12,7 +12,7 @@ import pytest
 from artifact.builders import MODEL, big_content, build, layer_contents
 from cli.calls import assert_called_wrongly, assert_one_sentence, run, run_json
 from delivery.servers import NAME, hostile, plain_server
-from delivery.test_fetch import id_of, keys, signed
+from delivery.signers import id_of, keys, signed
 
 from plyweight import delivery
 from plyweight.artifact import Header, ModelInfo, split, write_artifact

@@ -3,10 +3,10 @@
 import pytest
 from artifact.builders import MODEL, big_content, build, layer_contents
 from delivery.servers import NAME, hostile, plain_server
+from delivery.signers import id_of, keys, signed
 
-from plyweight.artifact import ArtifactReader, Header, ModelInfo, Sidecar, write_artifact
+from plyweight.artifact import ArtifactReader, Header, ModelInfo, write_artifact
 from plyweight.delivery.fetch import evict, fetch, fetch_header, is_remote
-from plyweight.delivery.signing import sign
 from plyweight.errors import (
     BitWidthError,
     BudgetError,
@@ -32,42 +32,6 @@ def big(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PLYWEIGHT_CACHE", str(tmp_path / "cache"))
-
-
-def id_of(data):
-    return Header.parse(data).artifact_id
-
-
-def keys(folder):
-    """A private key and its public half, in PEM."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    private, public = folder / "key.pem", folder / "key.pub"
-    private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    public.write_bytes(
-        key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-    )
-    return private, public
-
-
-def signed(folder, data, private):
-    """Publish ``data`` in a folder, with its signed sidecar."""
-    name = "net.layered.safetensors"
-    (folder / name).write_bytes(data)
-    sidecar = folder / f"{name}.layers.json"
-    sidecar.write_bytes(Sidecar.of(Header.parse(data), file=name).emit())
-    sign(sidecar, private_key=private)
-    return name
 
 
 # --- where to --------------------------------------------------------------------------------

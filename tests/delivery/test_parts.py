@@ -6,7 +6,7 @@ import pytest
 from artifact.builders import big_content, build
 from delivery.relay import relay
 from delivery.servers import hostile, nginx, plain_server, s3
-from delivery.test_fetch import keys
+from delivery.signers import keys
 
 from plyweight.artifact import ArtifactReader, ByteRange, Header, split, write_artifact
 from plyweight.delivery import chunks

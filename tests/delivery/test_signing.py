@@ -9,6 +9,8 @@ import sys
 
 import pytest
 from artifact.builders import MODEL, build, layer_contents
+from delivery import signers
+from delivery.signers import pem_of, public_pem_of
 
 from plyweight.artifact import Header, ModelInfo, Sidecar, join, split
 from plyweight.delivery.signing import sign, signature_path, verify_signature
@@ -20,21 +22,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
-
-
-def pem_of(key, password=None):
-    encryption = serialization.NoEncryption()
-    if password is not None:
-        encryption = serialization.BestAvailableEncryption(password)
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
-    )
-
-
-def public_pem_of(key):
-    return key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
 
 
 def certificate_of(key, name, *, issuer=None, issuer_key=None, is_authority=False, days=(-1, 30)):
@@ -109,12 +96,8 @@ class Keys:
     """A signer's keys and somebody else's."""
 
     def __init__(self, folder):
-        self.private, self.public = folder / "key.pem", folder / "key.pub"
-        self.other, self.other_public = folder / "other.pem", folder / "other.pub"
-        for private, public in [(self.private, self.public), (self.other, self.other_public)]:
-            key = ec.generate_private_key(ec.SECP256R1())
-            private.write_bytes(pem_of(key))
-            public.write_bytes(public_pem_of(key))
+        self.private, self.public = signers.keys(folder)
+        self.other, self.other_public = signers.keys(folder, "other")
 
 
 @pytest.fixture
