@@ -121,7 +121,7 @@ def grids_of(name: str) -> Iterator[None]:
     if name == "packed":
         yield
     elif name == "float":
-        with mock.patch.object(build._Plan, "graph", without_grids):
+        with mock.patch.object(build.Plan, "graph", without_grids):
             yield
     else:
         fractions = (1.0,) if name == "whole" else ranges.FRACTIONS
@@ -134,7 +134,7 @@ def grids_of(name: str) -> Iterator[None]:
             yield
 
 
-def without_grids(plan: build._Plan) -> Graph:
+def without_grids(plan: build.Plan) -> Graph:
     """The graph that ranges are measured with, without the outputs it has for that."""
     graph, _ = plan.calibration()
     (whole,) = graph.models

@@ -45,6 +45,7 @@ __all__ = [
     "evict",
     "export",
     "fetch",
+    "fit_edges",
     "inspect",
     "lease",
     "load",
@@ -91,6 +92,7 @@ _HOMES = {
     "evict": "plyweight.delivery.fetch",
     "export": "plyweight.exporting",
     "fetch": "plyweight.delivery.fetch",
+    "fit_edges": "plyweight.packing.fitting",
     "inspect": "plyweight.inspecting",
     "lease": "plyweight.nn.bit_width",
     "load": "plyweight.loading.verbs",
@@ -139,6 +141,7 @@ if TYPE_CHECKING:
     from plyweight.nn.bit_width import at_bit_width, bit_widths_of, lease, set_bit_width
     from plyweight.nn.report import Report, report
     from plyweight.nn.swap import prepare
+    from plyweight.packing.fitting import fit_edges
     from plyweight.packing.verbs import pack
     from plyweight.train.batch_norm import recalibrate
     from plyweight.train.calibrate import calibrate

@@ -16,6 +16,7 @@ from plyweight.artifact.layout import Alignment, ByteRange, align_up, choose_ali
 from plyweight.artifact.names import (
     GRAPH_NAME,
     gain_name,
+    is_output,
     planes_name,
     scale_name,
     step_name,
@@ -74,6 +75,7 @@ __all__ = [
     "align_up",
     "choose_alignment",
     "gain_name",
+    "is_output",
     "header_bytes",
     "inspect",
     "join",

@@ -34,7 +34,7 @@ from plyweight.artifact.graph_fields import (
     quantizer_fields,
 )
 from plyweight.artifact.header import Header
-from plyweight.artifact.names import is_pad, roles_of, split_name
+from plyweight.artifact.names import is_output, is_pad, roles_of, split_name
 from plyweight.artifact.records import TensorEntry
 from plyweight.artifact.strict_json import (
     check_keys,
@@ -287,12 +287,14 @@ class _Checker:
         activation = self._header.activations.get(quantizer.activation)
         if activation is None:
             raise _lacks(what, quantizer.activation, "activation")
-        param = self._graph.weight_read_with(prefix, self._header)
-        weight = self._header.weights.get(param) if param is not None else None
-        if weight is None:
-            raise header_error(f"no module reads {what}", "its bit-width is that of a weight's")
+        weight = None
+        if not is_output(quantizer.activation):
+            param = self._graph.weight_read_with(prefix, self._header)
+            weight = self._header.weights.get(param) if param is not None else None
+            if weight is None:
+                raise header_error(f"no module reads {what}", "its bit-width is that of a weight's")
         for bit_width in self._header.bit_widths:
-            own = weight.width_at(bit_width)
+            own = bit_width if weight is None else weight.width_at(bit_width)
             if own not in activation.bit_widths:
                 raise header_error(
                     f"the activation {shown(quantizer.activation)} has no width for {own} bits",

@@ -3,7 +3,8 @@
 L<i>/<param>.q             planes that layer i adds to a layered weight
 L0/<param>.scale           its quantization steps on the 8-bit grid
 Li/<param>.gain            what multiplies them at the bit-width that layer i brings
-Li/<module>.step           quantization step of the module's input
+Li/<module>.step           quantization step of the module's input; of its output, if that is
+                           called <module>.output_quantizer
 Li/<module>.zero_point     and its zero point, where the kind is "offset"
 L0/__graph__               the computation without weights; see ``graph``
 __pad__.<n>                zeros
@@ -24,6 +25,7 @@ __all__ = [
     "Role",
     "check_name",
     "gain_name",
+    "is_output",
     "is_pad",
     "pad_name",
     "planes_name",
@@ -37,6 +39,7 @@ __all__ = [
 
 GRAPH_NAME = "__graph__"
 MAX_NAME_BYTES = 512
+OUTPUT_QUANTIZER = "output_quantizer"
 
 _IN_LAYER = re.compile(r"L(0|[1-9][0-9]?)/(.+)", re.DOTALL)
 _PAD = re.compile(r"__pad__\.(0|[1-9][0-9]{0,5})")
@@ -84,6 +87,11 @@ def step_name(module: str) -> str:
 def zero_point_name(module: str) -> str:
     """The name, inside a layer, of the zero point of a module's input."""
     return f"{module}.zero_point" if module else "zero_point"
+
+
+def is_output(activation: str) -> bool:
+    """Whether ``activation``, a key of ``layered.activations``, rounds what a module gives."""
+    return f".{activation}".endswith(f".{OUTPUT_QUANTIZER}")
 
 
 def is_pad(name: str) -> bool:

@@ -12,6 +12,7 @@ from plyweight.artifact.layout import Alignment
 from plyweight.artifact.names import (
     GRAPH_NAME,
     Role,
+    is_output,
     is_pad,
     planes_name,
     roles_of,
@@ -116,13 +117,16 @@ def _check_activation_widths(
     """A module with a layered ``weight`` has an activation width at each of the weight's own."""
     for module, activation in activations.items():
         weight = weights.get(f"{module}.weight" if module else "weight")
-        if weight is None:
+        if is_output(module):
+            own = {layer.bit_width for layer in layers}
+        elif weight is not None:
+            own = {weight.width_at(layer.bit_width) for layer in layers}
+        else:
             continue  # a module that borrows its weight; what is there cannot be told by name
-        own = {weight.width_at(layer.bit_width) for layer in layers}
         if set(activation.bit_widths) != own:
             raise header_error(
                 f"the activation of {shown(module)} has widths for {sorted(activation.bit_widths)}",
-                f"its weight has {sorted(own)} bits",
+                f"{'the model' if is_output(module) else 'its weight'} has {sorted(own)} bits",
             )
 
 

@@ -27,6 +27,7 @@ from plyweight.artifact import (
     Module,
     TensorView,
     gain_name,
+    is_output,
     planes_name,
     scale_name,
     step_name,
@@ -78,6 +79,18 @@ class SlotValues:
         if slot.kind == "quantizer":
             return self._of_quantizer(slot.owner, slot.leaf)
         return self._of_module(slot.owner, slot.leaf)
+
+    def bias_change(self, prefix: str) -> Array:
+        """What is added to the bias of a module, ``(out,)`` in its own unit, as it becomes whole.
+
+        0 where the input of the module is not quantized.
+        """
+        module, folded = self._graph.modules[prefix], self._folded_of(prefix)
+        if module.input is None:
+            return np.zeros_like(folded.bias)
+        unit = self._of_module(prefix, "bias_scale").astype(np.float64)
+        change: Array = self._of_module(prefix, "bias") * unit - folded.bias
+        return change
 
     def _of_module(self, prefix: str, leaf: str) -> Array:
         folded = self._folded_of(prefix)
@@ -195,11 +208,13 @@ class SlotValues:
 
     def _activation_width(self, prefix: str) -> int:
         """Bits of the activation where the weight it goes with has its own."""
-        param = self._graph.weight_read_with(prefix, self._header)
         activation = self._graph.quantizers[prefix].activation
-        assert param is not None
         assert activation is not None
-        own = self._header.weights[param].width_at(self._bit_width)
+        own = self._bit_width
+        if not is_output(activation):
+            param = self._graph.weight_read_with(prefix, self._header)
+            assert param is not None
+            own = self._header.weights[param].width_at(own)
         return self._header.activations[activation].bit_widths[own]
 
     def _vector(self, name: str, missing: float = 0.0) -> Array:

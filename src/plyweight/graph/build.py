@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from plyweight.artifact import ArtifactReader, Graph, Model, Module, Port, Quantizer
 from plyweight.engine.values import SlotValues
 from plyweight.errors import LayeringError, listed
-from plyweight.graph.edges import Edge, insert_edges
+from plyweight.graph.edges import Edge, insert_edges, readers_of
 from plyweight.graph.examples import Batch, batches_of, dynamic_shapes, input_names
-from plyweight.graph.marks import Bounds, bounds_of, clamp_again, expand_marks, marks_of, prefix_of
+from plyweight.graph.marks import Bounds, bounds_of, clamp_again, expand_marks, mark, marks_of, prefix_of
+from plyweight.graph.places import Places
 from plyweight.graph.ranges import Grid, Sample, best_grid
 from plyweight.graph.skeleton import GraphSkeleton
 from plyweight.graph.slots import empty_slot, is_slot
+from plyweight.graph.scopes import scopes_of
 from plyweight.graph.weights import INPUT, TENSOR, replace_weights, stored_name
 
-__all__ = ["build_graph"]
+__all__ = ["Plan", "build_graph", "calibrated_plan"]
 
 # Numbers of the network that are no parameters: masks, positions, shapes.
 MAX_CONSTANT_BYTES = 16 * 2**20
@@ -56,22 +58,30 @@ def build_graph(model: nn.Module, example_inputs: Any, artifact: ArtifactReader)
     Raises:
         LayeringError: If the model cannot be exported, or example_inputs are none.
     """
+    plan = calibrated_plan(model, example_inputs, artifact)
+    graph = plan.graph()
+    graph.check(artifact.header)
+    return graph
+
+
+def calibrated_plan(model: nn.Module, example_inputs: Any, artifact: ArtifactReader) -> "Plan":
+    """What :func:`build_graph` makes a graph of; the arguments and errors are its own."""
     batches = batches_of(model, example_inputs)
     skeleton = GraphSkeleton(model)
     _check(skeleton, artifact)
     base = _export(skeleton, batches)
     weights = replace_weights(base, skeleton)
     tensors = _plain_slots(base, skeleton)
-    edges = insert_edges(base.graph, weights.convolutions)
-    plan = _Plan(base, skeleton, weights.modules, tensors, edges)
+    few = tuple(item[:2] for item in batches[0])
+    places = Places(skeleton.model, few, weights.convolutions)
+    edges = insert_edges(base.graph, weights.convolutions, places)
+    plan = Plan(base, skeleton, weights.modules, tensors, edges)
     plan.grids = _calibrated(plan, batches, artifact)
-    graph = plan.graph()
-    graph.check(artifact.header)
-    return graph
+    return plan
 
 
 @dataclass
-class _Plan:
+class Plan:
     """What all models of a graph have in common.
 
     Attributes:
@@ -163,11 +173,13 @@ class _Plan:
 
     def _alias(self, bit_widths: Sequence[int]) -> dict[str, str]:
         """The edges that are rounded to the very grid of a learned quantizer that reads them."""
+        readers = {edge.prefix: edge.readers for edge in self.edges}
+        readers |= readers_of(self.base.graph, self.skeleton.outputs.values())
         found = {}
-        for edge in self.edges:
-            for reader in edge.readers:
-                if all(self.grid(edge.prefix, b) == self.grid(reader, b) for b in bit_widths):
-                    found[edge.prefix] = reader
+        for prefix, learned in readers.items():
+            for reader in learned:
+                if all(self.grid(prefix, b) == self.grid(reader, b) for b in bit_widths):
+                    found[prefix] = reader
                     break
         return found
 
@@ -187,6 +199,7 @@ class _Plan:
             for module in self.modules.values()
             if module.input is not None
         }
+        found |= {key: Quantizer(activation=key) for key in self.skeleton.outputs.values()}
         for prefix, grids in (self.grids or {}).items():
             found[prefix] = Quantizer(
                 steps={b: grid.step for b, grid in grids.items()},
@@ -204,10 +217,19 @@ def _export(skeleton: GraphSkeleton, batches: Sequence[Batch]) -> ir.Model:
         if name in skeleton.stored:
             value.const_value = None  # so nothing is computed of it in advance
             value.name = TENSOR + name
+    _mark_outputs(model, skeleton)
     passes.IdentityEliminationPass()(model)
     fold_constants(model)
     passes.RemoveUnusedNodesPass()(model)
     return model
+
+
+def _mark_outputs(model: ir.Model, skeleton: GraphSkeleton) -> None:
+    """Put a mark where the network rounds what a module gives."""
+    for node in list(model.graph):
+        key = skeleton.outputs.get(scopes_of(node)[-1])
+        if node.op_type == "Identity" and key is not None:
+            mark(node, 0, key, name=f"{node.outputs[0].name}/output")
 
 
 def _two_or_more(item: Tensor) -> Tensor:
@@ -254,7 +276,7 @@ def _finished(model: ir.Model) -> tuple[bytes, tuple[str, ...]]:
 
 
 def _calibrated(
-    plan: _Plan, batches: Sequence[Batch], artifact: ArtifactReader
+    plan: Plan, batches: Sequence[Batch], artifact: ArtifactReader
 ) -> dict[str, dict[int, Grid]]:
     """A grid for every edge and bit-width: of the values it has when no edge is rounded."""
     grids: dict[str, dict[int, Grid]] = {edge.prefix: {} for edge in plan.edges}

@@ -13,23 +13,26 @@ Slice, ...) to those that read it is one *net*, on one grid, rounded where it is
 An addition is computed on integers where both operands are; its sum then is a net too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from plyweight.graph.marks import (
     absorb_clamps,
+    clamp_first,
     clamp_of,
     is_mark,
     is_moving,
     mark_source,
+    marks_of,
     moved_inputs,
     prefix_of,
 )
-from plyweight.graph.weights import scopes_of
+from plyweight.graph.places import Places
+from plyweight.graph.scopes import scopes_of
 
-__all__ = ["Edge", "insert_edges"]
+__all__ = ["Edge", "insert_edges", "readers_of"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,13 @@ class Edge:
         prefix: of its slots.
         readers: the learned quantizers that read it.
         is_read_as_float: whether something else does.
+        place: the module of the torch network whose output it is; None if there is none.
     """
 
     prefix: str
     readers: tuple[str, ...]
     is_read_as_float: bool
+    place: str | None = None
 
 
 @dataclass
@@ -62,20 +67,31 @@ class _Net:
         uses = [(use.node, use.idx) for v in self.values for use in v.uses()]
         return [node for node, index in uses if not _moves(node, index)]
 
+    def bottlenecks(self) -> list[ir.Value]:
+        """Values whose rounding is that of all that is read: a sole source, what all read."""
+        read = [v for v in self.values if any(not _moves(u.node, u.idx) for u in v.uses())]
+        read += [v for v in self.values if v.is_graph_output() and v not in read]
+        sources = self.sources()
+        return [values[0] for values in (sources, read) if len(values) == 1]
+
     def is_output(self) -> bool:
         return any(value.is_graph_output() for value in self.values)
 
 
-def insert_edges(graph: ir.Graph, convolutions: list[ir.Value]) -> list[Edge]:
+def insert_edges(
+    graph: ir.Graph, convolutions: Collection[ir.Value], places: Places
+) -> list[Edge]:
     """Round the outputs of ``convolutions`` and what is added up of them, in place.
 
     Args:
         graph: whose modules read their inputs through marks.
         convolutions: outputs of convolutions on integers.
+        places: where values are rounded in torch.
 
     Returns:
         The edges, in the order of execution. The marks of all others have been moved.
     """
+    clamp_first(graph)
     nets = _integer_nets(graph, convolutions)
     order = {value: i for i, node in enumerate(graph) for value in node.outputs}
     nets.sort(key=lambda net: min(order.get(value, -1) for value in net.values))
@@ -90,21 +106,34 @@ def insert_edges(graph: ir.Graph, convolutions: list[ir.Value]) -> list[Edge]:
             _move_up(graph, net, learned[0])
             continue
         prefix = _name(net.sources()[0], {edge.prefix for edge in edges})
+        place = places.of(net.bottlenecks())
         _round_sources(graph, net, prefix)
-        edges.append(Edge(prefix, tuple(learned), bool(others) or net.is_output()))
+        edges.append(Edge(prefix, tuple(learned), bool(others) or net.is_output(), place))
     absorb_clamps(graph)
     return edges
 
 
-def _integer_nets(graph: ir.Graph, convolutions: list[ir.Value]) -> list[_Net]:
+def readers_of(graph: ir.Graph, prefixes: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The quantizers that read what the marks of ``prefixes`` rounded, by prefix."""
+    found: dict[str, tuple[str, ...]] = {}
+    for node in marks_of(graph):
+        if prefix_of(node) in prefixes:
+            users = node.outputs[0].consumers()
+            found[prefix_of(node)] = tuple(prefix_of(user) for user in users if is_mark(user))
+    return found
+
+
+def _integer_nets(graph: ir.Graph, convolutions: Collection[ir.Value]) -> list[_Net]:
     """The nets that begin at a convolution, or an addition of two of them."""
     nets: dict[ir.Value, _Net] = {}  # by each of its values
     for node in graph:  # an addition comes after its operands
         operands = [value for value in node.inputs if value is not None]
-        if node.op_type == "Add" and node.domain == "" and all(v in nets for v in operands):
+        if node.op_type == "Add" and node.domain == "" and all(
+            v in nets or is_mark(v.producer()) for v in operands
+        ):
             _add(nets, _behind_clamp(node.outputs[0]))
         for out in node.outputs:
-            if any(out is convolution for convolution in convolutions):
+            if out in convolutions:
                 _add(nets, _behind_clamp(out))
     unique = {id(net): net for net in nets.values()}
     return list(unique.values())

@@ -29,6 +29,7 @@ __all__ = [
     "is_moving",
     "bounds_of",
     "clamp_again",
+    "clamp_first",
     "clamp_of",
     "mark",
     "mark_source",
@@ -162,6 +163,25 @@ def absorb_clamps(graph: ir.Graph) -> None:
                 if bound is not None:
                     user.attributes[key] = ir.AttrFloat32(key, bound)
         graph.remove(producer, safe=True)
+
+
+def clamp_first(graph: ir.Graph) -> None:
+    """Let a ReLU that alone reads what is rounded go before the rounding, in place.
+
+    Rounding is monotone and leaves 0 where it is, so ``relu(round(x)) = round(relu(x))``.
+    """
+    for node in marks_of(graph):
+        source, rounded = node.inputs[0], node.outputs[0]
+        users = list(rounded.uses())
+        if len(users) != 1 or rounded.is_graph_output() or users[0].node.op_type != "Relu":
+            continue
+        clamp = users[0].node
+        clamped = clamp.outputs[0]
+        clamped.replace_all_uses_with(rounded, replace_graph_outputs=True)
+        clamp.replace_input_with(0, source)
+        node.replace_input_with(0, clamped)
+        graph.remove(node)
+        graph.insert_after(clamp, node)
 
 
 def clamp_again(node: ir.Node) -> ir.Value:

@@ -1,7 +1,8 @@
 """GraphSkeleton: the float network inside of a layered one, exported once as an ONNX graph.
 
 Every layered module becomes the plain torch module again that it was made from, every switchable
-batch norm a plain one, and quantizers of activations are left out. Parameters keep their names,
+batch norm a plain one, and quantizers of activations are left out (those of outputs leave an
+Identity where they were). Parameters keep their names,
 so in the exported graph an initializer is called as in the state dict, and the graph stands for
 all bit-widths. Which module a node comes from is in the metadata that the exporter writes.
 
@@ -30,6 +31,7 @@ from plyweight.nn.layered import (
     LayeredModule,
 )
 from plyweight.nn.norm import SwitchableBatchNorm1d, SwitchableBatchNorm2d
+from plyweight.nn.outputs import OUTPUT_QUANTIZER, output_quantizers
 from plyweight.nn.swap import unwrapped
 from plyweight.quantizers import ActivationQuantizer, Switchable
 
@@ -75,6 +77,7 @@ class GraphSkeleton:
         stored: the artifact's name of each tensor, by every name it has in a state dict.
         shapes: of these tensors in the layered model, by the same names.
         quantizers: those of activations, by key of ``layered.activations``.
+        outputs: keys of those that round outputs, by the name they are called by.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -96,12 +99,15 @@ class GraphSkeleton:
         self.shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
         self.layered: dict[str, Layered] = {}
         self.quantizers: dict[str, ActivationQuantizer] = {}
+        self.outputs: dict[str, str] = {}
         widths: set[tuple[int, ...]] = set()
         for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, Switchable):
                 widths.add(tuple(module.model_bit_widths.tolist()))
             if isinstance(module, LayeredModule):
                 self._add(name.replace("_orig_mod.", ""), module, first)
+        for key, quantizer in output_quantizers(model).items():
+            self._add_output(key.replace("_orig_mod.", ""), quantizer, first)
         (self.bit_widths,) = widths
         self.model = _plain_copy(model)
 
@@ -118,6 +124,13 @@ class GraphSkeleton:
             bias=None if bias is None else first[id(bias)],
             activation=activation,
         )
+
+    def _add_output(
+        self, name: str, quantizer: ActivationQuantizer, first: Mapping[int, str]
+    ) -> None:
+        key = first[id(quantizer.clip)].removesuffix(".clip")
+        self.quantizers[key] = quantizer
+        self.outputs[name] = key
 
     def export(
         self, inputs: tuple[Any, ...], dynamic_shapes: Sequence[Mapping[int, Any] | None]
@@ -178,7 +191,9 @@ def _quiet() -> Iterator[None]:
 def _plain_copy(model: nn.Module) -> nn.Module:
     shared = [*model.parameters(), *model.buffers()]
     plain: nn.Module = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-    for module in plain.modules():
+    for module in list(plain.modules()):
+        if isinstance(module._modules.get(OUTPUT_QUANTIZER), ActivationQuantizer):
+            module._modules[OUTPUT_QUANTIZER] = _Place()
         if type(module) in _PLAIN:
             del module._modules["weight_quantizer"], module._modules["input_quantizer"]
             bias = module._parameters.get("bias")
@@ -188,6 +203,13 @@ def _plain_copy(model: nn.Module) -> nn.Module:
         elif type(module) in _PLAIN_NORMS:
             _make_plain_norm(module)
     return plain.eval()
+
+
+class _Place(nn.Module):
+    """Where an output is rounded; the exporter makes an Identity of it that says so."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.clone()
 
 
 def _make_plain_norm(module: nn.Module) -> None:

@@ -10,7 +10,6 @@ has one (a *mark*, see ``marks``), and the batch norm is folded into scale and b
 by whoever fills the slots. Wherever else a layered weight is read, its values are.
 """
 
-import ast
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -19,16 +18,16 @@ import onnx_ir as ir
 from plyweight.artifact import Module, Norm
 from plyweight.errors import LayeringError
 from plyweight.graph.marks import mark
+from plyweight.graph.scopes import scopes_of
 from plyweight.graph.skeleton import GraphSkeleton, Layered
 from plyweight.graph.slots import FLOAT, INT8, Slots, new_node
 
-__all__ = ["INPUT", "TENSOR", "Weights", "replace_weights", "scopes_of", "stored_name"]
+__all__ = ["INPUT", "TENSOR", "Weights", "replace_weights", "stored_name"]
 
 # A quantizer's slots and those of the module behind it are told apart; no module has a colon.
 INPUT = ":input"
 # Nor are a module's bias that is folded and the artifact's own tensor of that name the same.
 TENSOR = "tensor:"
-_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch.onnx notes the modules of a node
 
 
 @dataclass
@@ -37,11 +36,12 @@ class Weights:
 
     Attributes:
         modules: by prefix of their slots.
-        convolutions: outputs of those with a quantized input, behind their batch norm.
+        convolutions: outputs of those with a quantized input, behind their batch norm, and the
+            modules that give them: the batch norm, or the convolution.
     """
 
     modules: dict[str, Module] = field(default_factory=dict)
-    convolutions: list[ir.Value] = field(default_factory=list)
+    convolutions: dict[ir.Value, str] = field(default_factory=dict)
 
 
 def replace_weights(model: ir.Model, skeleton: GraphSkeleton) -> Weights:
@@ -132,7 +132,8 @@ class _Replacer:
             folded.outputs[0].replace_all_uses_with(out, replace_graph_outputs=True)
             self._graph.remove(folded, safe=True)
         if layered.kind == "convolution" and quantizer is not None:
-            self.found.convolutions.append(out)
+            owner = name if folded is None else scopes_of(folded)[-1]
+            self.found.convolutions[out] = owner
 
     def _replace_gather(self, node: ir.Node, name: str, layered: Layered) -> None:
         ids, out = node.inputs[1], node.outputs[0]
@@ -229,14 +230,6 @@ def stored_name(skeleton: GraphSkeleton, value: ir.Value | None) -> str | None:
     if value is None or value.name is None or not value.name.startswith(TENSOR):
         return None
     return skeleton.stored.get(value.name.removeprefix(TENSOR))
-
-
-def scopes_of(node: ir.Node) -> list[str]:
-    """The modules that ``node`` stands in, outermost first; the model itself is ""."""
-    text = node.metadata_props.get(_SCOPES)
-    scopes = [str(scope) for scope in ast.literal_eval(text)][:-1] if text else [""]
-    # A module that is called again is noted as "name@1".
-    return [scope.split("@")[0] for scope in scopes] or [""]
 
 
 def _sole_use(value: ir.Value, op_type: str, index: int | None) -> ir.Node | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from plyweight.artifact import Header, TensorView
-from plyweight.artifact.names import gain_name, planes_name, step_name, zero_point_name
+from plyweight.artifact.names import gain_name, is_output, planes_name, step_name, zero_point_name
 from plyweight.errors import BitWidthError, LayeringError
 from plyweight.nn.bit_width import switch
 from plyweight.nn.norm import BATCH_NORM_TENSORS
@@ -213,7 +213,8 @@ class HeldLayers:
     def _find_quantizers(self) -> dict[str, ActivationQuantizer]:
         found = {}
         for name in self.header.activations:
-            quantizer = self.model.get_submodule(name).input_quantizer
+            module = self.model.get_submodule(name)
+            quantizer = module if is_output(name) else module.input_quantizer
             assert isinstance(quantizer, ActivationQuantizer)
             found[name] = quantizer
         return found

@@ -8,6 +8,7 @@ from plyweight.artifact import Header, LayeredWeight
 from plyweight.artifact.names import (
     GRAPH_NAME,
     gain_name,
+    is_output,
     is_pad,
     planes_name,
     roles_of,
@@ -15,16 +16,17 @@ from plyweight.artifact.names import (
     split_name,
 )
 from plyweight.codec import from_planes, inner_levels, spread
-from plyweight.errors import ModelMismatchError
+from plyweight.errors import LayeringError, ModelMismatchError
 from plyweight.loading.held import Views, tensor_of
 from plyweight.nn.norm import BATCH_NORM_TENSORS, SHARED
+from plyweight.nn.outputs import round_output
 from plyweight.nn.packed import PackedWeight
 from plyweight.nn.quantized import BiasByBitWidth
 from plyweight.nn.skeleton import Skeleton
 from plyweight.nn.swap import BATCH_NORMS, LAYERED, PACKED
 from plyweight.quantizers import ActivationQuantizer, WeightQuantizer
 
-__all__ = ["give_rows", "place_layered", "place_packed", "plain_shapes"]
+__all__ = ["give_rows", "place_layered", "place_outputs", "place_packed", "plain_shapes"]
 
 
 def plain_shapes(header: Header) -> dict[str, tuple[int, ...]]:
@@ -128,8 +130,29 @@ def _input_quantizer(
     return quantizer
 
 
+def place_outputs(skeleton: Skeleton, header: Header, bit_widths: tuple[int, ...]) -> None:
+    """Let the modules whose outputs the header says are rounded do so; the steps come later.
+
+    Raises:
+        ModelMismatchError: If one is not there.
+    """
+    for name, activation in header.activations.items():
+        if not is_output(name):
+            continue
+        quantizer = ActivationQuantizer(activation.bit_widths, bit_widths, device=skeleton.device)
+        quantizer.set_kind(activation.kind)
+        try:
+            round_output(skeleton.model.get_submodule(name.rpartition(".")[0]), quantizer)
+        except (AttributeError, LayeringError) as error:
+            raise ModelMismatchError(
+                artifact_only=[f"a quantized output, {name}"], model_only=[]
+            ) from error
+
+
 def _check_activations(model: nn.Module, header: Header) -> None:
     for name in header.activations:
+        if is_output(name):
+            continue
         try:
             quantizer = getattr(model.get_submodule(name), "input_quantizer", None)
         except AttributeError:

@@ -26,7 +26,13 @@ from plyweight.delivery import FetchOptions
 from plyweight.delivery.reading import Address, opened_at
 from plyweight.errors import ArtifactError, LayeringError
 from plyweight.loading.held import HeldLayers, ReadyLayer, tensor_of
-from plyweight.loading.placing import give_rows, place_layered, place_packed, plain_shapes
+from plyweight.loading.placing import (
+    give_rows,
+    place_layered,
+    place_outputs,
+    place_packed,
+    plain_shapes,
+)
 from plyweight.nn.bit_width import switch
 from plyweight.nn.lease import change, grant_leases, require_no_lease
 from plyweight.nn.skeleton import Skeleton
@@ -89,10 +95,12 @@ def load(
     held = header.bit_widths[:num_layers]
     if form == "packed":
         place_packed(skeleton, header, layers[0])
-        give_rows(skeleton.model, header, header.bit_widths)
+        placed = header.bit_widths
     else:
         place_layered(skeleton, header, layers, held)
-        give_rows(skeleton.model, header, held)
+        placed = held
+    place_outputs(skeleton, header, placed)
+    give_rows(skeleton.model, header, placed)
     loaded = HeldLayers(header, skeleton.model)
     for index, views in enumerate(layers):
         loaded.take(index, loaded.ready(views))

@@ -6,6 +6,7 @@ model and a checkpoint of it make the same file:
     <param>                          latent weight      -> planes, by significance
     <module>.weight_quantizer.*      clip, gain, groups -> scale, gains
     <module>.input_quantizer.*       clip, offset       -> steps, zero points
+    <module>.output_quantizer.*      the same
     <module>.{running_mean, ...}     rows by bit-width  -> a row in the layer of its bit-width
     <module>.bias                    the same, where calibration gave it rows
     everything else                                     -> the base layer, as it is
@@ -113,8 +114,9 @@ class Contents:
                 continue
             if tensor.numel() and stored.setdefault(_identity(tensor, by_object), key) != key:
                 continue  # tied to one that is stored already
-            if head.endswith("input_quantizer") and f"{module}kind_index" in state:
+            if f"{module}kind_index" in state:
                 if leaf == "clip":
+                    # The quantizer of an output goes by its own name.
                     owner = head.removesuffix("input_quantizer").rstrip(".")
                     with _naming(module):
                         contents.activations[owner] = _restored(state, module, owner)

@@ -1,8 +1,9 @@
 """pack: a trained model becomes one artifact, written whole or not at all."""
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from plyweight.graph.description import described
 from plyweight.nn.swap import unwrapped
 from plyweight.packing.contents import Contents, checked_state
 
-__all__ = ["pack"]
+__all__ = ["draft", "graph_extra", "pack"]
 
 
 def pack(
@@ -80,37 +81,59 @@ def pack(
         default_name = type(model).__name__
     contents = Contents.of(checked_state(model), by_object=isinstance(model, nn.Module))
     _check_arguments(path, name, revision, license, evaluation, contents.bit_widths)
-    info = ModelInfo(
-        name=default_name if name is None else name,
-        revision=revision,
-        created_by=f"plyweight {version('plyweight')}",
-        license=license,
-        config_sha256=None,
-    )
-    graph = None if example_inputs is None else _graph(model, example_inputs, contents, info)
+    info = _info(default_name if name is None else name, revision, license)
+    graph = None if example_inputs is None else _graph(model, example_inputs, contents)
     io = described(graph, preprocessing, labels)
     _write(path, contents, info, graph=graph, evaluation=evaluation, io=io)
     return inspect(path)
 
 
-def _graph(model: object, example_inputs: Any, contents: Contents, info: ModelInfo) -> Graph:
+def _graph(model: object, example_inputs: Any, contents: Contents) -> Graph:
     """The graph of ``model``, whose artifact is written without it first, to calibrate on it."""
     if not isinstance(model, nn.Module):
         raise LayeringError(
             "example_inputs were given with a state dict, which does not say what is computed; "
             "pack the model itself."
         )
-    try:
+    with graph_extra():
         from plyweight.graph.build import build_graph
+    with draft(contents) as artifact:
+        return build_graph(model, example_inputs, artifact)
+
+
+@contextlib.contextmanager
+def graph_extra() -> Iterator[None]:
+    """Say what to install where an import within this block fails.
+
+    Raises:
+        ImportError: If the extra ``[onnx]`` is not installed.
+    """
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise ImportError(
             f"a graph needs onnx, onnxscript and onnxruntime ({error}); run: pip install "
             '"plyweight[onnx]", or pack without example_inputs.'
         ) from error
+
+
+@contextlib.contextmanager
+def draft(contents: Contents) -> Iterator[ArtifactReader]:
+    """An artifact of ``contents``, without a graph, as long as the block lasts."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "without-graph")
-        _write(path, contents, info)
-        return build_graph(model, example_inputs, ArtifactReader(path))
+        _write(path, contents, _info("draft"))
+        yield ArtifactReader(path)
+
+
+def _info(name: str, revision: int = 0, license: str | None = None) -> ModelInfo:
+    return ModelInfo(
+        name=name,
+        revision=revision,
+        created_by=f"plyweight {version('plyweight')}",
+        license=license,
+        config_sha256=None,
+    )
 
 
 def _write(
