@@ -1,15 +1,18 @@
 """Does the engine answer as torch does?
 
-    python benchmarks/agreement.py --data FOLDER runs/resnet8/resnet8.layered.safetensors
-    python benchmarks/agreement.py --data FOLDER FILE --images 2000
+    python benchmarks/agreement.py --data FOLDER --net resnet8 resnet8.layered.safetensors
+    python benchmarks/agreement.py --data FOLDER --net resnet20 --calibrate resnet20.safetensors
+    python benchmarks/agreement.py --net digits digits.layered.safetensors
 
-FILE is an artifact that examples/cifar10.py has trained. It is loaded, packed again with its graph
-(512 training images calibrate the ranges that nobody has learned), and opened by the engine; torch
-and engine then classify the same held-out images at every bit-width. In percent: how many get the
-same class from both, and the accuracy of each.
+FILE is an artifact that examples/cifar10.py or plyweight demo has trained, or with ``--calibrate``
+the float weights of a network, which is calibrated first (8-bit activations). plyweight.fit_edges
+then lets torch round what the graph rounds, on 512 training images; the model is packed with its
+graph, and torch and engine classify the same images at every bit-width. The engine runs in a
+process of its own, in which torch is not imported: with ``--python``, that of an environment that
+does not even have it. In percent: how many get the same class from both, and the accuracies.
 
-Beside what plyweight.pack does with the operands of additions and the inputs of poolings (see
-plyweight/graph/ranges.py) stands what else it could do: see GRIDS. A minute of CPU for a ResNet-8.
+With ``--grids`` also what agrees without fit_edges, where only the graph rounds the operands of
+additions and the inputs of poolings: see GRIDS, and plyweight/graph/ranges.py.
 """
 
 import argparse
@@ -18,10 +21,12 @@ import dataclasses
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,10 +41,12 @@ import onnx
 import torch
 from cifar10_data import Cifar10
 from cifar10_nets import NETS
+from safetensors.torch import load_file
 from torch import nn
 
 import plyweight
 from plyweight.artifact import Graph, publish_atomically
+from plyweight.demo import Digits, DigitsNet
 from plyweight.graph import build, ranges
 
 GRIDS = {
@@ -49,41 +56,108 @@ GRIDS = {
     "float": "none, so in float",
 }
 BATCH_SIZE, NUM_EXAMPLES = 250, 4
+BIT_WIDTHS, ACTIVATION_WIDTH = (2, 3, 4, 5, 6, 8), 8  # as benchmarks/calibration.py has them
 
 Answers = Mapping[int, np.ndarray]  # classes (n,) by bit-width
 Images = Sequence[torch.Tensor]  # batches
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A network and the data it is asked about.
+
+    Attributes:
+        build: makes the float network.
+        images: batches to classify.
+        labels: ``(n,)`` of them.
+        examples: batches of training data; calibrate and fit_edges take them.
+        what: the images, in words.
+    """
+
+    build: Callable[[], nn.Module]
+    images: Images
+    labels: np.ndarray
+    examples: Images
+    what: str
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Answer in torch and by the engine, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("artifact", type=Path, help="trained by examples/cifar10.py")
-    parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
-    parser.add_argument("--net", choices=list(NETS), default="resnet8")
-    parser.add_argument("--images", type=int, default=10_000, help="how many held-out images")
-    parser.add_argument("--grids", choices=list(GRIDS), nargs="+", default=list(GRIDS))
+    parser.add_argument("file", type=Path, help="an artifact, or float weights to calibrate")
+    parser.add_argument("--data", type=Path, help="folder of CIFAR-10")
+    parser.add_argument("--net", choices=[*NETS, "digits"], default="resnet8")
+    parser.add_argument("--calibrate", action="store_true", help="FILE has float weights")
+    parser.add_argument("--images", type=int, default=10_000, help="how many")
+    parser.add_argument("--grids", choices=list(GRIDS), nargs="*", default=[])
+    parser.add_argument("--python", default=sys.executable, help="to run the engine with")
     parser.add_argument("--out", type=Path, default=ROOT / "results", metavar="FOLDER")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    data = Cifar10.load(options.data)
-    batches = data.test_batches(BATCH_SIZE)[: max(options.images // BATCH_SIZE, 1)]
-    images, labels = [x for x, _ in batches], torch.cat([y for _, y in batches]).numpy()
-    examples = [data.batch(i, 128, seed=0, is_augmented=False)[0] for i in range(NUM_EXAMPLES)]
-    model = plyweight.load(options.artifact, NETS[options.net](10), form="fake-quantized")
-    of_torch, found = answers_of_torch(model, images), {}
+    subject = digits() if options.net == "digits" else pictures(options)
+    model = calibrated(subject, options.file) if options.calibrate else loaded(subject, options)
+    before, without = answers_of_torch(model, subject.images), {}
     for name in options.grids:
         with grids_of(name):
-            found[name] = answers_of_engine(model, examples, images)
+            without[name] = answers_of_engine(model, subject, options.python)
+    report = plyweight.fit_edges(model, subject.examples)
+    print(report, file=sys.stderr)
+    of_torch = answers_of_torch(model, subject.images)
+    of_engine = answers_of_engine(model, subject, options.python)
     rows = [
         {
             "bit_width": b,
-            "torch": percent(of_torch[b] == labels),
-            "agreement": {name: percent(found[name][b] == of_torch[b]) for name in found},
-            "engine": {name: percent(found[name][b] == labels) for name in found},
+            "agreement": percent(of_engine[b] == of_torch[b]),
+            "engine": percent(of_engine[b] == subject.labels),
+            "torch": percent(of_torch[b] == subject.labels),
+            "torch_before": percent(before[b] == subject.labels),
+            "agreement_before": {n: percent(found[b] == before[b]) for n, found in without.items()},
         }
         for b in sorted(of_torch, reverse=True)
     ]
-    write(options.net, rows, len(labels), options.out)
+    write(options, rows, subject)
+
+
+def pictures(options: argparse.Namespace) -> Subject:
+    """CIFAR-10's held-out images."""
+    if options.data is None:
+        sys.exit("--data is missing; give the folder of CIFAR-10.")
+    data = Cifar10.load(options.data)
+    batches = data.test_batches(BATCH_SIZE)[: max(options.images // BATCH_SIZE, 1)]
+    return Subject(
+        build=NETS[options.net],
+        images=[images for images, _ in batches],
+        labels=torch.cat([labels for _, labels in batches]).numpy(),
+        examples=[data.batch(i, 128, seed=0, is_augmented=False)[0] for i in range(NUM_EXAMPLES)],
+        what="CIFAR-10's last fifth of the training images",
+    )
+
+
+def digits() -> Subject:
+    """Those that the demo tests on."""
+    data = Digits.load()
+    return Subject(
+        build=DigitsNet,
+        images=data.test_images.split(BATCH_SIZE),
+        labels=data.test_labels.numpy(),
+        examples=data.train_images.split(128)[:NUM_EXAMPLES],
+        what="scikit-learn's test digits of plyweight demo",
+    )
+
+
+def loaded(subject: Subject, options: argparse.Namespace) -> nn.Module:
+    """The trained model of an artifact."""
+    return plyweight.load(options.file, subject.build(), form="fake-quantized")
+
+
+def calibrated(subject: Subject, weights: Path) -> nn.Module:
+    """A layered model of float weights."""
+    net = subject.build()
+    # Such files have no num_batches_tracked, which no evaluation reads.
+    net.load_state_dict(load_file(weights), strict=False)
+    model = plyweight.prepare(net.eval(), BIT_WIDTHS, activations=ACTIVATION_WIDTH).eval()
+    plyweight.calibrate(model, subject.examples)
+    return model
 
 
 def percent(is_true: np.ndarray) -> float:
@@ -100,19 +174,16 @@ def answers_of_torch(model: nn.Module, images: Images) -> Answers:
     return found
 
 
-def answers_of_engine(model: nn.Module, examples: Images, images: Images) -> Answers:
-    """What the packed model says, at each bit-width of its file."""
+def answers_of_engine(model: nn.Module, subject: Subject, python: str) -> Answers:
+    """What the packed model says, at each bit-width of its file, without torch."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "net.layered.safetensors"
-        plyweight.pack(model, path, example_inputs=examples)
-        found = {}
-        with plyweight.open(path, threads=1) as engine:
-            (port,), (output,) = engine.inputs, engine.outputs
-            for bit_width in engine.bit_widths:
-                engine.set_bit_width(bit_width)
-                logits = [engine.run({port.name: x.numpy()})[output.name] for x in images]
-                found[bit_width] = np.concatenate(logits).argmax(1)
-        return found
+        path, inputs, answers = (Path(folder) / name for name in ("net", "x.npy", "answers.npz"))
+        plyweight.pack(model, path, example_inputs=subject.examples)
+        np.save(inputs, torch.cat(list(subject.images)).numpy())
+        script = ROOT / "answers.py"
+        subprocess.run([python, script, path, inputs, answers], check=True)
+        with np.load(answers, allow_pickle=False) as found:
+            return {int(bit_width): found[bit_width] for bit_width in found}
 
 
 @contextlib.contextmanager
@@ -144,27 +215,30 @@ def without_grids(plan: build.Plan) -> Graph:
     return dataclasses.replace(graph, models=(model,))
 
 
-def write(net: str, rows: list[dict[str, Any]], num_images: int, out: Path) -> None:
+def write(options: argparse.Namespace, rows: list[dict[str, Any]], subject: Subject) -> None:
     """The tables, on the screen and in a file."""
-    names = list(rows[0]["agreement"])
-    lines = [f"# {net} on CIFAR-10: the engine's answers against torch's\n"]
-    lines += [f"{num_images:,} held-out images, in %.\n"]
+    net, num_images = options.net, len(subject.labels)
+    lines = [f"# {net}: the engine's answers against torch's\n"]
+    lines += [f"{num_images:,} of {subject.what}, in %. The engine's process has no torch.\n"]
     lines += [
-        "| bits | same class | accuracy, engine | accuracy, torch | difference |",
+        "| bits | same class | accuracy, engine | accuracy, torch | torch before fit_edges |",
         "|---" * 5 + "|",
     ]
     for row in rows:
-        engine, of_torch = row["engine"][names[0]], row["torch"]
-        figures = f"{row['agreement'][names[0]]:.2f} | {engine:.2f} | {of_torch:.2f}"
-        lines += [f"| {row['bit_width']} | {figures} | {engine - of_torch:+.2f} |"]
-    lines += ["\nSame class, where the grids that nobody has learned are others:\n"]
-    lines += ["|".join(["| bits ", *(f" {GRIDS[name]} " for name in names), ""])]
-    lines += ["|---" * (len(names) + 1) + "|"]
-    for row in rows:
-        cells = [f"{row['agreement'][name]:.2f}" for name in names]
-        lines += [f"| {row['bit_width']} | {' | '.join(cells)} |"]
+        names = ("agreement", "engine", "torch", "torch_before")
+        lines += [f"| {row['bit_width']} | {' | '.join(f'{row[name]:.2f}' for name in names)} |"]
+    if options.grids:
+        lines += ["\nSame class without fit_edges, where the grids that only the graph has are:\n"]
+        lines += ["|".join(["| bits ", *(f" {GRIDS[name]} " for name in options.grids), ""])]
+        lines += ["|---" * (len(options.grids) + 1) + "|"]
+        for row in rows:
+            cells = [f"{row['agreement_before'][name]:.2f}" for name in options.grids]
+            lines += [f"| {row['bit_width']} | {' | '.join(cells)} |"]
+    command = ["python benchmarks/agreement.py"] + ["--data FOLDER"] * (net != "digits")
+    command += [f"--net {net}"] + ["--calibrate"] * options.calibrate + ["FILE"]
+    command += [f"--grids {' '.join(options.grids)}"] * bool(options.grids)
     conditions = {
-        "command": f"python benchmarks/agreement.py --data FOLDER --net {net} FILE",
+        "command": " ".join(command),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
         "versions": {name: version(name) for name in ("plyweight", "torch", "onnxruntime")},
         "date": time.strftime("%Y-%m-%d"),
@@ -176,9 +250,9 @@ def write(net: str, rows: list[dict[str, Any]], num_images: int, out: Path) -> N
     ]
     print("\n".join(lines))
     content = json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     for ending, text in (("md", "\n".join(lines)), ("json", content)):
-        with publish_atomically(out / f"agreement-{net}.{ending}") as file:
+        with publish_atomically(options.out / f"agreement-{net}.{ending}") as file:
             file.write(text.encode())
 
 

@@ -252,17 +252,19 @@ def test_a_changed_byte_of_the_text_is_refused_or_gives_another_graph(at, byte):
 # --- the artifact it belongs to -----------------------------------------------------------------
 
 
+EXTRA = (
+    TensorData("bn.running_mean", **float32([0.0] * 3)),
+    TensorData("whole", "I64", (3,), bytes(24)),
+)
+
+
 @pytest.fixture(scope="module")
 def header(tmp_path_factory):
     """Of an artifact with what :func:`graph` names; ``fc`` is in groups and has an activation."""
     path = tmp_path_factory.mktemp("graph") / "tiny"
-    extra = [
-        TensorData("bn.running_mean", **float32([0.0] * 3)),
-        TensorData("whole", "I64", (3,), bytes(24)),
-        TensorData("signed.step", **float32([1.0])),
-    ]
+    signed = TensorData("signed.step", **float32([1.0]))
     layers = layer_contents()
-    first = LayerContent(2, [*layers[0].tensors, *extra])
+    first = LayerContent(2, [*layers[0].tensors, *EXTRA, signed])
     activations = content()["activations"] | {
         "signed": Activation("signed", {2: 1, 3: 2, 8: 8}),
     }
@@ -336,3 +338,27 @@ def test_a_quantizer_that_nobody_reads_has_no_width(header):
     )
     with pytest.raises(HeaderError, match="no module reads quantizer 'x'"):
         one.check(header)
+
+
+def with_output(path, widths):
+    """Write an artifact in which what ``bn`` gives is rounded too."""
+    step = TensorData("bn.output_quantizer.step", **float32([0.5]))
+    layers = layer_contents()
+    first = LayerContent(2, [*layers[0].tensors, *EXTRA, step])
+    activations = content()["activations"] | {
+        "bn.output_quantizer": Activation("unsigned", dict.fromkeys(widths, 8))
+    }
+    write_artifact(path, **content(layers=[first, *layers[1:]], activations=activations))
+    return ArtifactReader(path).header
+
+
+def test_what_a_module_gives_is_rounded_whether_or_not_a_weight_reads_it(tmp_path):
+    header = with_output(tmp_path / "net", (2, 3, 8))
+    output = {"bn.out": Quantizer(activation="bn.output_quantizer")}
+    graph(quantizers={**graph().quantizers, **output}).check(header)
+
+
+def test_an_output_has_a_width_at_each_bit_width_of_the_model(tmp_path):
+    with pytest.raises(HeaderError, match=r"widths for \[2, 8\], but the model has \[2, 3, 8\]"):
+        with_output(tmp_path / "net", (2, 8))
+    assert not (tmp_path / "net").exists()

@@ -21,12 +21,20 @@ from plyweight.engine.values import SlotValues
 from plyweight.errors import LayeringError, listed
 from plyweight.graph.edges import Edge, insert_edges, readers_of
 from plyweight.graph.examples import Batch, batches_of, dynamic_shapes, input_names
-from plyweight.graph.marks import Bounds, bounds_of, clamp_again, expand_marks, mark, marks_of, prefix_of
+from plyweight.graph.marks import (
+    Bounds,
+    bounds_of,
+    clamp_again,
+    expand_marks,
+    mark,
+    marks_of,
+    prefix_of,
+)
 from plyweight.graph.places import Places
 from plyweight.graph.ranges import Grid, Sample, best_grid
+from plyweight.graph.scopes import scopes_of
 from plyweight.graph.skeleton import GraphSkeleton
 from plyweight.graph.slots import empty_slot, is_slot
-from plyweight.graph.scopes import scopes_of
 from plyweight.graph.weights import INPUT, TENSOR, replace_weights, stored_name
 
 __all__ = ["Plan", "build_graph", "calibrated_plan"]

@@ -10,6 +10,8 @@ Slice, ...) to those that read it is one *net*, on one grid, rounded where it is
     read by one learned quantizer alone      that quantizer, moved up in front of what moves values
     read by others too                       an edge; learned quantizers read what it rounded
 
+(An edge that the network rounds itself, see ``fitting``, is a learned quantizer here.)
+
 An addition is computed on integers where both operands are; its sum then is a net too.
 """
 
@@ -78,9 +80,7 @@ class _Net:
         return any(value.is_graph_output() for value in self.values)
 
 
-def insert_edges(
-    graph: ir.Graph, convolutions: Collection[ir.Value], places: Places
-) -> list[Edge]:
+def insert_edges(graph: ir.Graph, convolutions: Collection[ir.Value], places: Places) -> list[Edge]:
     """Round the outputs of ``convolutions`` and what is added up of them, in place.
 
     Args:
@@ -128,8 +128,10 @@ def _integer_nets(graph: ir.Graph, convolutions: Collection[ir.Value]) -> list[_
     nets: dict[ir.Value, _Net] = {}  # by each of its values
     for node in graph:  # an addition comes after its operands
         operands = [value for value in node.inputs if value is not None]
-        if node.op_type == "Add" and node.domain == "" and all(
-            v in nets or is_mark(v.producer()) for v in operands
+        if (
+            node.op_type == "Add"
+            and node.domain == ""
+            and all(v in nets or _is_rounded(v) for v in operands)
         ):
             _add(nets, _behind_clamp(node.outputs[0]))
         for out in node.outputs:
@@ -137,6 +139,14 @@ def _integer_nets(graph: ir.Graph, convolutions: Collection[ir.Value]) -> list[_
                 _add(nets, _behind_clamp(out))
     unique = {id(net): net for net in nets.values()}
     return list(unique.values())
+
+
+def _is_rounded(value: ir.Value) -> bool:
+    """Whether ``value`` is on a grid already, as it was rounded or moved after that."""
+    producer = value.producer()
+    if producer is None or not is_moving(producer):
+        return is_mark(producer)
+    return all(_is_rounded(moved) for moved in _moved(producer))
 
 
 def _add(nets: dict[ir.Value, _Net], value: ir.Value) -> None:

@@ -52,9 +52,9 @@ class Places:
         scopes = scopes_of(producer)
         if self._is_leaf(scopes[-1]):
             yield scopes.pop()
-        clamp = clamp_of(producer)
-        if clamp == Bounds(lowest=0.0) and producer.inputs[0] in self._owners:
-            yield self._owners[producer.inputs[0]]
+        clamped = producer.inputs[0] if clamp_of(producer) == Bounds(lowest=0.0) else None
+        if clamped is not None and clamped in self._owners:
+            yield self._owners[clamped]
         readers = list(_readers(value))
         for name in reversed(scopes[1:]):  # the first is the network itself
             if any(name in scopes_of(reader) for reader in readers):
@@ -80,7 +80,7 @@ def _called_once(model: nn.Module, batch: Batch) -> frozenset[str]:
     handles = []
 
     def noted(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             calls.setdefault(name, []).append(isinstance(output, Tensor))
 
         return hook

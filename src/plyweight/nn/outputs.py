@@ -42,6 +42,6 @@ def output_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     }
 
 
-def _round(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def _round(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     rounded: Tensor = module.output_quantizer(output)  # type: ignore[operator]
     return rounded
