@@ -140,7 +140,7 @@ def digits() -> Subject:
         build=DigitsNet,
         images=data.test_images.split(BATCH_SIZE),
         labels=data.test_labels.numpy(),
-        examples=data.train_images.split(128)[:NUM_EXAMPLES],
+        examples=list(data.train_images.split(128)[:NUM_EXAMPLES]),
         what="scikit-learn's test digits of plyweight demo",
     )
 

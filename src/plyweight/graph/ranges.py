@@ -14,7 +14,8 @@ halfway between two levels of the learned grid, so that ``round(round(x k / t) /
 round(x / t)``: what the next convolution reads is what it would have read without the edge. At 8
 bits ``k = 1`` often wins, and edge and quantizer are one.
 
-Measured (``python benchmarks/agreement.py``): a trained ResNet-8, 10,000 held-out images of
+Measured without ``fit_edges`` (``python benchmarks/agreement.py --grids packed whole fractions``):
+a trained ResNet-8, 10,000 held-out images of
 CIFAR-10, 512 others to calibrate on; top-1 equal to torch's in %.
 
     bit-width                                8       6       4       3       2
