@@ -90,7 +90,7 @@ _HOMES = {
     "calibrate": "plyweight.train.calibrate",
     "downgrade": "plyweight.loading.verbs",
     "evict": "plyweight.delivery.fetch",
-    "export": "plyweight.exporting",
+    "export": "plyweight.exporting.verbs",
     "fetch": "plyweight.delivery.fetch",
     "fit_edges": "plyweight.packing.fitting",
     "inspect": "plyweight.inspecting",
@@ -135,7 +135,7 @@ if TYPE_CHECKING:
         TrustWarning,
         VersionError,
     )
-    from plyweight.exporting import export
+    from plyweight.exporting.verbs import export
     from plyweight.inspecting import inspect
     from plyweight.loading.verbs import downgrade, load, start_upgrade, upgrade
     from plyweight.nn.bit_width import at_bit_width, bit_widths_of, lease, set_bit_width

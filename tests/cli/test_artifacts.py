@@ -331,13 +331,20 @@ def test_export_writes_what_the_library_writes(capsys, artifact, tmp_path):
     export(artifact, wanted, bit_width=3)
     assert code == 0
     assert out.startswith(f"{path}  ")
-    assert out.endswith("3 bits as float32\n")
+    assert "3 bits as float32" in out
     np.testing.assert_equal(load(path), load(wanted))
     shown = run_json(capsys, "export", artifact, path, "--dtype", "float16")
     export(artifact, wanted, dtype="float16")
     np.testing.assert_equal(load(path), load(wanted))
     assert load(path)["fc.weight"].dtype == np.float16
-    assert shown == {"path": str(path), "bit_width": 8, "num_bytes": path.stat().st_size}
+    assert shown == {
+        "path": str(path),
+        "format": "safetensors",
+        "bit_width": 8,
+        "num_bytes": path.stat().st_size,
+        "difference": None,
+        "evaluation": {"top1": "71.25"},
+    }
 
 
 def test_export_refuses_what_there_is_not_and_its_own_artifact(capsys, artifact, data, tmp_path):
@@ -346,7 +353,7 @@ def test_export_refuses_what_there_is_not_and_its_own_artifact(capsys, artifact,
     assert artifact.read_bytes() == data
     path = tmp_path / "plain"
     assert_one_sentence(run(capsys, "export", artifact, path, "-b", 5), "5 bits were asked for")
-    assert_called_wrongly(run(capsys, "export", artifact, path, "--to", "onnx"), "--to")
+    assert_called_wrongly(run(capsys, "export", artifact, path, "--to", "tflite"), "--to")
     assert_called_wrongly(run(capsys, "export", artifact, path, "--dtype", "int8"), "--dtype")
     assert_called_wrongly(run(capsys, "export", artifact, path, "-b", 0), "--bit-width")
     assert not path.exists()

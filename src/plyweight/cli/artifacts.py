@@ -39,6 +39,8 @@ class Format(StrEnum):
     """What ``export`` writes."""
 
     SAFETENSORS = "safetensors"
+    ONNX = "onnx"
+    OPENVINO = "openvino"
 
 
 class Dtype(StrEnum):
@@ -114,16 +116,30 @@ def export(
     dtype: Annotated[Dtype, typer.Option(help="Of the layered weights.")] = Dtype.FLOAT32,
     as_json: AsJson = False,
 ) -> None:
-    """Write one bit-width as a plain state dict that other tools read."""
+    """Write one bit-width as a file that other tools read."""
     from plyweight.exporting import export as export_file
 
     _refuse_same(artifact, path)
-    exported = export_file(artifact, path, bit_width=bit_width, to=to.value, dtype=dtype.value)
-    num_bytes = path.stat().st_size
+    report = export_file(artifact, path, bit_width=bit_width, to=to.value, dtype=dtype.value)
     if as_json:
-        print_json({"path": str(path), "bit_width": exported, "num_bytes": num_bytes})
+        print_json(
+            {
+                "path": str(report.path),
+                "format": report.format,
+                "bit_width": report.bit_width,
+                "num_bytes": report.num_bytes,
+                "difference": report.difference,
+                "evaluation": dict(report.evaluation),
+            }
+        )
         return
-    typer.echo(f"{path}  {size(num_bytes)}  {exported} bits as {dtype.value}")
+    as_what = dtype.value if report.difference is None else report.format
+    notes = [f"{report.path}  {size(report.num_bytes)}  {report.bit_width} bits as {as_what}"]
+    notes += [f"{metric} {text}" for metric, text in report.evaluation.items()]
+    if report.difference is not None:
+        shown = f"{report.difference:.1e} of the spread" if report.difference else "none"
+        notes.append(f"difference to the engine: {shown}")
+    typer.echo("  ".join(notes))
 
 
 def split(

@@ -25,7 +25,7 @@ from plyweight.engine.values import SlotValues, Views
 from plyweight.engine.warm import Warm, WarmWidths
 from plyweight.errors import ArtifactError, BitWidthError, GraphError
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "graph_of"]
 
 Reopen = Callable[[int | None], tuple[ArtifactReader, int]]
 
@@ -63,7 +63,7 @@ class Engine:
         self._changes = threading.Lock()  # one change at a time; requests do not ask for it
         num_layers = self._header.layer_index(bit_width) + 1
         first = reader.read_layer(0)
-        self._graph = _graph_of(first, self._header, self._name)
+        self._graph = graph_of(first, self._header, self._name)
         self._layers: tuple[Views, ...] = (
             first,
             *(reader.read_layer(i) for i in range(1, num_layers)),
@@ -259,7 +259,7 @@ class Engine:
         return WarmReport(warm.bit_width, warm.session.num_bytes, warm.num_requests, reason)
 
 
-def _graph_of(views: Views, header: Header, name: str) -> Graph:
+def graph_of(views: Views, header: Header, name: str) -> Graph:
     """The graph in the base layer, once the artifact is known to have what it names.
 
     Raises:

@@ -1,75 +1,43 @@
-"""export: one bit-width of an artifact as a file that other tools read.
+"""state_dict: the values of one bit-width in safetensors, as any tool reads them.
 
-What is exported are values, computed once: the file knows nothing of layers any more, and no
-bit-width but its own.
+Same artifact and bit-width, same bytes.
 """
 
 import json
-import os
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from plyweight.artifact import (
     GRAPH_NAME,
-    ArtifactReader,
     Header,
     LayeredWeight,
-    Source,
     TensorView,
     gain_name,
     planes_name,
-    publish_atomically,
     scale_name,
     step_name,
     zero_point_name,
 )
 from plyweight.codec import decode, from_planes, spread
-from plyweight.errors import LayeringError
 
-__all__ = ["export"]
-
-DTYPES = ("float32", "float16")  # of weights; numpy has no bfloat16 to round to
+__all__ = ["state_dict_bytes"]
 
 
-def export(
-    source: str | os.PathLike[str] | Source,
-    path: str | os.PathLike[str],
-    *,
-    bit_width: int | None = None,
-    to: Literal["safetensors"] = "safetensors",
-    dtype: Literal["float32", "float16"] = "float32",
-) -> int:
-    """Write the weights of one bit-width as a plain state dict: same artifact, same bytes.
-
-    Layered weights become ``level * scale * gain``, exactly the values that :func:`plyweight.load`
-    computes with; biases, norms and buffers are those of that bit-width. Names are those of the
-    artifact, so of the prepared network (whose attention is taken apart into projections), and a
-    tensor that several modules share is there once. Quantized activations are no weights: their
-    steps are left out, and whoever runs the file runs it with float activations.
+def state_dict_bytes(
+    header: Header, layers: list[dict[str, TensorView]], dtype: str
+) -> tuple[bytes, memoryview]:
+    """The file's head and data, for the bit-width of the last of ``layers``.
 
     Args:
-        source: an artifact, whole or a prefix of one.
-        path: the file to write.
-        bit_width: None for the widest that the source holds.
-        to: the format; safetensors is the one there is.
-        dtype: of the layered weights; all else keeps its own.
-
-    Returns:
-        The bit-width.
+        header: of the artifact.
+        layers: from the base layer on.
+        dtype: of the layered weights, "float32" or "float16"; all else keeps its own.
 
     Raises:
-        BitWidthError: If that bit-width is not held.
-        ArtifactError: If the artifact is damaged.
-        LayeringError: If ``to`` or ``dtype`` is not known.
-        OutputError: If the file cannot be written.
         ImportError: If safetensors is not installed.
     """
-    if to != "safetensors":
-        raise LayeringError(f"to is {to!r}; 'safetensors' is the format there is.")
-    if dtype not in DTYPES:
-        raise LayeringError(f"dtype is {dtype!r}; give one of {', '.join(map(repr, DTYPES))}.")
     try:
         from safetensors import TensorSpec, serialize
     except ModuleNotFoundError as error:
@@ -77,11 +45,7 @@ def export(
             "export needs safetensors, which is not installed; install it with: "
             'pip install "plyweight[export]"'
         ) from error
-    reader = ArtifactReader(source)
-    target = reader.held_bit_widths[-1] if bit_width is None else bit_width
-    num_layers = reader.header.layer_index(target) + 1
-    layers = [reader.read_layer(index) for index in range(num_layers)]
-    arrays = dict(_values(reader.header, layers, dtype))
+    arrays = dict(_values(header, layers, dtype))
     tensors = {  # by address, because numpy cannot name bfloat16; `arrays` keeps the memory alive
         name: TensorSpec(
             dtype=kind, shape=array.shape, data_ptr=array.ctypes.data, data_len=array.nbytes
@@ -90,14 +54,10 @@ def export(
     }
     metadata = {
         "format": "pt",
-        "plyweight.artifact": reader.header.artifact_id,
-        "plyweight.bit_width": str(target),
+        "plyweight.artifact": header.artifact_id,
+        "plyweight.bit_width": str(header.bit_widths[len(layers) - 1]),
     }
-    head, data = _in_order(serialize(tensors, metadata))
-    with publish_atomically(path) as file:
-        file.write(head)
-        file.write(data)
-    return target
+    return _in_order(serialize(tensors, metadata))
 
 
 def _in_order(file: bytes) -> tuple[bytes, memoryview]:

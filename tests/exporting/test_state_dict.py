@@ -24,7 +24,8 @@ def test_the_float_network_with_the_exported_state_computes_the_logits_of_the_la
 ):
     path, exported = tmp_path / "net.layered.safetensors", tmp_path / "net.safetensors"
     pack(with_rows(trained(ConvNet(), activations=None, **options)), path)
-    assert export(path, exported, bit_width=bit_width) == bit_width
+    report = export(path, exported, bit_width=bit_width)
+    assert (report.bit_width, report.num_bytes) == (bit_width, exported.stat().st_size)
     net = ConvNet().eval()
     net.load_state_dict(load_file(exported))
     images, _ = batch()
@@ -36,7 +37,7 @@ def test_the_float_network_with_the_exported_state_computes_the_logits_of_the_la
 def test_weights_of_quantized_activations_and_tied_ones_are_exported_too(tmp_path):
     path, exported = tmp_path / "zoo.layered.safetensors", tmp_path / "zoo.safetensors"
     pack(trained(ZooNet()), path)
-    assert export(path, exported) == 8
+    assert export(path, exported).bit_width == 8
     state, net = load_file(exported), ZooNet()
     missing, unexpected = net.load_state_dict(state, strict=False)
     assert all("self_attn" in name for name in unexpected)  # taken apart by prepare
@@ -75,7 +76,8 @@ def test_the_same_artifact_and_bit_width_give_the_same_bytes(tmp_path, dtype):
     ("options", "error", "message"),
     [
         ({"bit_width": 9}, BitWidthError, "9 bits were asked for"),
-        ({"to": "onnx"}, LayeringError, "to is 'onnx'; 'safetensors' is"),
+        ({"to": "tflite"}, LayeringError, "to is 'tflite'; give one of 'safetensors', 'onnx'"),
+        ({"to": "onnx", "dtype": "float16"}, LayeringError, "but 'onnx' has int8 weights"),
         ({"dtype": "int8"}, LayeringError, "dtype is 'int8'; give one of 'float32', 'float16'"),
     ],
 )
@@ -101,7 +103,7 @@ def test_a_prefix_exports_what_it_holds_and_a_missing_folder_is_said(tmp_path):
     receipt = pack(trained(ConvNet()), path)
     cut = tmp_path / "cut.layered.safetensors"
     cut.write_bytes(path.read_bytes()[: receipt.layers[2].total_bytes])
-    assert export(cut, tmp_path / "net.safetensors") == 3
+    assert export(cut, tmp_path / "net.safetensors").bit_width == 3
     with pytest.raises(BitWidthError, match="fetch bytes"):
         export(cut, tmp_path / "net.safetensors", bit_width=4)
     with pytest.raises(OutputError, match="create it first"):

@@ -1,0 +1,184 @@
+"""Exported graphs: they load in their own runtimes and compute what the engine does."""
+
+import hashlib
+import json
+import sys
+from unittest import mock
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+from graph.nets import SmallTransformer, prepared
+from graph.packed import IMAGES, NETS, Packed
+
+import plyweight
+from plyweight.errors import GraphError, LayeringError, OutputError
+from plyweight.exporting import export
+from plyweight.exporting import onnx as onnx_export
+from plyweight.exporting import openvino as openvino_export
+
+TOKENS = torch.randint(0, 12, (16, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def transformers(tmp_path_factory):
+    """With the embedding tied to the head: activations quantized, or weights only."""
+
+    def make(activations):
+        torch.manual_seed(0)
+        model = prepared(SmallTransformer(), TOKENS, (2, 4, 8), activations=activations)
+        return Packed(model, TOKENS, tmp_path_factory.mktemp("transformer"))
+
+    return {activations: make(activations) for activations in (8, None)}
+
+
+def of_engine(path, bit_width, inputs):
+    with plyweight.open(path, bit_width=bit_width) as engine:
+        return engine.run({engine.inputs[0].name: inputs})[engine.outputs[0].name]
+
+
+def of_file(path, inputs):
+    """What stock ONNX Runtime makes of a file, with the setting that weight-only nets need."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: inputs})[0]
+
+
+def digests_of(model):
+    return [
+        hashlib.sha256(repr((t.data_type, tuple(t.dims))).encode() + t.raw_data).hexdigest()
+        for t in model.graph.initializer
+    ]
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("bit_width", [2, 8])
+def test_an_onnx_file_gives_the_engines_numbers(net, bit_width, packed_nets, tmp_path):
+    packed, path = packed_nets(net), tmp_path / "net.onnx"
+    report = export(packed.path, path, bit_width=bit_width, to="onnx")
+    assert (report.path, report.format, report.bit_width) == (path, "onnx", bit_width)
+    assert (report.num_bytes, report.difference) == (path.stat().st_size, 0.0)
+    assert np.array_equal(of_file(path, IMAGES.numpy()), of_engine(packed.path, bit_width, IMAGES))
+
+
+@pytest.mark.parametrize("activations", [8, None])
+def test_tied_weights_are_in_the_file_once(activations, transformers, tmp_path):
+    packed, path = transformers[activations], tmp_path / "net.onnx"
+    export(packed.path, path, bit_width=4, to="onnx")
+    assert np.array_equal(of_file(path, TOKENS.numpy()), of_engine(packed.path, 4, TOKENS))
+    model = onnx.load(path)
+    digests = digests_of(model)
+    assert len(set(digests)) == len(digests)
+    weights = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    assert (
+        sum(len(t.raw_data) for t in weights if len(t.dims) == 2)
+        == sum(int(np.prod(weight.shape)) for weight in packed.header.weights.values()) + 12 * 8
+    )  # the head multiplies with it transposed
+
+
+def test_the_file_is_checked_complete_and_says_what_it_is(packed_nets, tmp_path):
+    packed, path = packed_nets("SmallResNet"), tmp_path / "net.onnx"
+    export(packed.path, path, bit_width=3, to="onnx")
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert all(t.data_location != onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
+    digests = digests_of(model)
+    assert len(set(digests)) == len(digests)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    assert said["plyweight.artifact"] == packed.header.artifact_id
+    assert said["plyweight.bit_width"] == "3"
+    assert json.loads(said["plyweight.io"]) == packed.header.io
+    again = tmp_path / "again.onnx"
+    export(packed.path, again, bit_width=3, to="onnx")
+    assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_openvino_reads_its_files_and_is_close(net, packed_nets, tmp_path):
+    packed, path = packed_nets(net), tmp_path / "net.xml"
+    report = export(packed.path, path, bit_width=8, to="openvino")
+    files = [path, tmp_path / "net.bin"]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+    assert report.num_bytes == sum(file.stat().st_size for file in files)
+    compiled = openvino.Core().compile_model(path, "CPU")
+    expected = of_engine(packed.path, 8, IMAGES)
+    difference = np.abs(compiled([IMAGES.numpy()])[0] - expected).mean() / expected.std()
+    assert difference < 0.1
+    assert 0 <= report.difference < 0.1
+    # Levels stay bytes: floats would take four times as much.
+    levels = sum(int(np.prod(w.shape)) for w in packed.header.weights.values())
+    assert levels <= files[1].stat().st_size < 4 * levels
+
+
+def test_what_the_artifact_says_was_measured_is_reported(tmp_path):
+    torch.manual_seed(0)
+    model = prepared(NETS["SmallResNet"](), IMAGES)
+    packed = Packed(model, IMAGES, tmp_path, evaluation={8: {"accuracy": "0.91"}})
+    assert export(packed.path, tmp_path / "a.onnx", to="onnx").evaluation == {"accuracy": "0.91"}
+    assert export(packed.path, tmp_path / "b.onnx", to="onnx", bit_width=2).evaluation == {}
+
+
+@pytest.mark.parametrize(("to", "name"), [("onnx", "net.onnx"), ("openvino", "net.xml")])
+def test_an_artifact_without_a_graph_says_how_to_get_one(to, name, tmp_path):
+    plyweight.pack(prepared(NETS["SmallResNet"](), IMAGES), tmp_path / "net")
+    with pytest.raises(GraphError, match=r"has no graph.*example_inputs"):
+        export(tmp_path / "net", tmp_path / name, to=to)
+    assert [file.name for file in tmp_path.iterdir()] == ["net"]
+
+
+@pytest.mark.parametrize(("to", "name"), [("onnx", "net.onnx"), ("openvino", "net.xml")])
+def test_what_computes_something_else_is_not_written(to, name, packed_nets, tmp_path):
+    filled = onnx_export.Filled.answers
+
+    def wrong(self):
+        return [(feeds, [3 * y + 1 for y in outputs]) for feeds, outputs in filled(self)]
+
+    with (
+        mock.patch.object(onnx_export.Filled, "answers", wrong),
+        pytest.raises(GraphError, match="computes something else"),
+    ):
+        export(packed_nets("SmallResNet").path, tmp_path / name, to=to)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_openvinos_name_ends_in_xml(packed_nets, tmp_path):
+    with pytest.raises(LayeringError, match=r"ends in \.xml.*net\.bin"):
+        export(packed_nets("SmallResNet").path, tmp_path / "net.onnx", to="openvino")
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_a_folder_that_is_not_there_is_said(to, packed_nets, tmp_path):
+    with pytest.raises(OutputError, match="create it first"):
+        export(packed_nets("SmallResNet").path, tmp_path / "nowhere" / "net.xml", to=to)
+
+
+def test_a_model_too_large_for_one_file_is_said_before_it_is_made(packed_nets, tmp_path):
+    with (
+        mock.patch.object(onnx_export, "MAX_BYTES", 100),
+        pytest.raises(GraphError, match="an ONNX file holds 100"),
+    ):
+        export(packed_nets("SmallResNet").path, tmp_path / "net.onnx", to="onnx")
+
+
+@pytest.mark.parametrize(
+    ("to", "module", "extra"), [("onnx", "onnx", "export"), ("openvino", "openvino", "openvino")]
+)
+def test_a_missing_package_is_named_with_its_extra(to, module, extra, packed_nets, tmp_path):
+    with (
+        mock.patch.dict(sys.modules, {module: None}),
+        pytest.raises(ImportError, match=rf"plyweight\[{extra}\]"),
+    ):
+        export(packed_nets("SmallResNet").path, tmp_path / "net.xml", to=to)
+
+
+def test_no_other_network_is_within_the_bound_that_openvino_has(packed_nets):
+    outputs = [of_engine(packed_nets(net).path, 8, IMAGES) for net in NETS]
+    for one in outputs:
+        for other in outputs:
+            if one is not other:
+                difference = onnx_export.mean_difference([one], [other])
+                assert difference > openvino_export.MOST_DIFFERENCE
