@@ -80,6 +80,62 @@ def test_tied_weights_are_in_the_file_once(activations, transformers, tmp_path):
     )  # the head multiplies with it transposed
 
 
+@pytest.mark.parametrize("bit_width", [2, 3, 4])
+def test_half_bytes_give_the_same_numbers_on_integers(bit_width, packed_nets, tmp_path):
+    packed, path, whole = packed_nets("SmallResNet"), tmp_path / "net.onnx", tmp_path / "whole.onnx"
+    export(packed.path, path, bit_width=bit_width, to="onnx-int4")
+    export(packed.path, whole, bit_width=bit_width, to="onnx")
+    assert np.array_equal(of_file(path, IMAGES.numpy()), of_file(whole, IMAGES.numpy()))
+    model, other = onnx.load(path), onnx.load(whole)
+    codes = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.UINT4]
+    levels = [t for t in other.graph.initializer if t.name.endswith(".levels")]
+    assert sum((len(t.raw_data) + 1) // 2 for t in levels) == sum(len(t.raw_data) for t in codes)
+    assert not any(t.name.endswith(".levels") for t in model.graph.initializer)
+
+
+def test_pinned_weights_stay_bytes_and_only_bytes_are_refused(tmp_path):
+    torch.manual_seed(0)
+    model = prepared(NETS["SmallResNet"](), IMAGES, pinned={"conv1": 8})
+    packed, path = Packed(model, IMAGES, tmp_path), tmp_path / "net.onnx"
+    export(packed.path, path, bit_width=4, to="onnx-int4")
+    names = {t.name for t in onnx.load(path).graph.initializer}
+    assert {"conv1.levels", "linear.levels/codes"} <= names
+    assert np.array_equal(of_file(path, IMAGES.numpy()), of_engine(packed.path, 4, IMAGES))
+    with pytest.raises(GraphError, match="no weight has 4 bits or fewer at 8 bits"):
+        export(packed.path, tmp_path / "wide.onnx", bit_width=8, to="onnx-int4")
+    assert not (tmp_path / "wide.onnx").exists()
+
+
+@pytest.mark.parametrize("bit_width", [2, 8])
+def test_a_torch_program_equals_the_loaded_model(bit_width, packed_nets, tmp_path):
+    packed, path, net = packed_nets("SmallResNet"), tmp_path / "net.pt2", NETS["SmallResNet"]()
+    report = export(
+        packed.path, path, bit_width=bit_width, to="torch", model=net, example_inputs=IMAGES[:1]
+    )
+    assert (report.format, report.difference) == ("torch", 0.0)
+    program = torch.export.load(path).module()
+    loaded = plyweight.load(packed.path, net, bit_width=bit_width)
+    with torch.no_grad():
+        assert torch.equal(program(IMAGES[:5]), loaded(IMAGES[:5]))
+
+
+def test_a_torch_program_needs_a_network_and_inputs(packed_nets, tmp_path):
+    packed, net = packed_nets("SmallResNet"), NETS["SmallResNet"]()
+    for options in ({"model": net}, {"example_inputs": IMAGES}):
+        with pytest.raises(LayeringError, match="give model= and example_inputs="):
+            export(packed.path, tmp_path / "net.pt2", to="torch", **options)
+
+    class Choosing(type(net)):
+        def forward(self, images):
+            return super().forward(images) if images.sum() > 0 else images
+
+    with pytest.raises(LayeringError, match=r"Choosing cannot be traced by torch\.export"):
+        export(
+            packed.path, tmp_path / "net.pt2", to="torch", model=Choosing(), example_inputs=IMAGES
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_file_is_checked_complete_and_says_what_it_is(packed_nets, tmp_path):
     packed, path = packed_nets("SmallResNet"), tmp_path / "net.onnx"
     export(packed.path, path, bit_width=3, to="onnx")

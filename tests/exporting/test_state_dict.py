@@ -77,7 +77,7 @@ def test_the_same_artifact_and_bit_width_give_the_same_bytes(tmp_path, dtype):
     [
         ({"bit_width": 9}, BitWidthError, "9 bits were asked for"),
         ({"to": "tflite"}, LayeringError, "to is 'tflite'; give one of 'safetensors', 'onnx'"),
-        ({"to": "onnx", "dtype": "float16"}, LayeringError, "but 'onnx' has int8 weights"),
+        ({"to": "onnx", "dtype": "float16"}, LayeringError, "but 'onnx' has weights of its own"),
         ({"dtype": "int8"}, LayeringError, "dtype is 'int8'; give one of 'float32', 'float16'"),
     ],
 )

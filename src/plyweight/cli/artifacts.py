@@ -40,6 +40,7 @@ class Format(StrEnum):
 
     SAFETENSORS = "safetensors"
     ONNX = "onnx"
+    ONNX_INT4 = "onnx-int4"
     OPENVINO = "openvino"
 
 

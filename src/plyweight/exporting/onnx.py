@@ -1,4 +1,12 @@
-"""onnx: a graph with the values of one bit-width, as one ordinary ONNX file."""
+"""onnx: a graph with the values of one bit-width, as one ordinary ONNX file.
+
+The levels of weights are int8 at every bit-width. Those of 4 bits and fewer are at most 16
+different numbers, so "onnx-int4" has them as UINT4 codes and a table:
+
+    levels = Gather(table int8 (16,), Cast(codes UINT4))
+
+which a runtime computes once, when it folds constants, and then runs the very int8 model.
+"""
 
 import hashlib
 import json
@@ -18,6 +26,7 @@ from plyweight.errors import GraphError
 __all__ = ["Filled", "mean_difference", "write_onnx"]
 
 MAX_BYTES = 2**31 - 1  # of a protocol buffer
+MAX_INT4_LEVELS, INT4_OPSET = 16, 21
 BATCH_SIZES = (1, 2)
 OTHER_LENGTH = 8  # of dimensions besides the batch that may have any
 Array = NDArray[Any]
@@ -36,7 +45,15 @@ class Filled:
         ImportError: If onnx is not installed.
     """
 
-    def __init__(self, header: Header, layers: Sequence[Views], bit_width: int, name: str) -> None:
+    def __init__(
+        self,
+        header: Header,
+        layers: Sequence[Views],
+        bit_width: int,
+        name: str,
+        *,
+        is_int4: bool = False,
+    ) -> None:
         check_options("onnxruntime", SessionOptions(None, None))
         self.graph = graph_of(layers[0], header, name)
         self._model = self.graph.model_for(bit_width)
@@ -48,7 +65,14 @@ class Filled:
                 f"the model has {num_bytes:,} bytes at {bit_width} bits, but an ONNX file holds "
                 f"{MAX_BYTES:,}; open the artifact itself, or export safetensors."
             )
-        self.data = _filled(self._model, self._values, _metadata(header, bit_width))
+        narrow = self._narrow() if is_int4 else frozenset()
+        if is_int4 and not narrow:
+            raise GraphError(
+                f"no weight has 4 bits or fewer at {bit_width} bits; export 'onnx' instead, or a "
+                "narrower bit-width."
+            )
+        metadata = _metadata(header, bit_width)
+        self.data = _filled(self._model, self._values, metadata, narrow)
 
     def answers(self) -> list[tuple[Feeds, list[Array]]]:
         """Inputs, and what the engine makes of them."""
@@ -57,20 +81,36 @@ class Filled:
         )
         return [(feeds, session.run(feeds)) for feeds in map(self._feeds, BATCH_SIZES)]
 
+    def _narrow(self) -> frozenset[str]:
+        """The slots whose levels are at most 16 different ones."""
+        slots = self.graph.slots
+        return frozenset(
+            name
+            for name, value in self._values.items()
+            if slots[name].leaf == "levels" and len(np.unique(value)) <= MAX_INT4_LEVELS
+        )
+
     def _feeds(self, batch_size: int) -> Feeds:
         generator = np.random.default_rng(batch_size)
         return {port.name: _random(port, batch_size, generator) for port in self.graph.inputs}
 
 
 def write_onnx(
-    header: Header, layers: Sequence[Views], bit_width: int, path: Path
+    header: Header, layers: Sequence[Views], bit_width: int, path: Path, *, is_int4: bool = False
 ) -> tuple[float, list[Path]]:
     """Write ``path``, unless ONNX Runtime computes from it something else than the engine.
+
+    Args:
+        header: of the artifact.
+        layers: from the base layer to that of the bit-width.
+        bit_width: to compute at.
+        path: the file.
+        is_int4: whether levels of 4 bits and fewer take half a byte each.
 
     Returns:
         The difference, which is 0, and the files.
     """
-    filled = Filled(header, layers, bit_width, str(path))
+    filled = Filled(header, layers, bit_width, str(path), is_int4=is_int4)
     with publish_atomically(path) as file:
         file.write(filled.data)
         file.flush()
@@ -96,8 +136,13 @@ def mean_difference(outputs: Sequence[Array], expected: Sequence[Array]) -> floa
     return found
 
 
-def _filled(model: Model, values: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
-    """``model`` with ``values`` in the place of slots, equal ones once."""
+def _filled(
+    model: Model,
+    values: Mapping[str, Array],
+    metadata: Mapping[str, str],
+    narrow: frozenset[str],
+) -> bytes:
+    """``model`` with ``values`` for slots, equal ones once, and those of ``narrow`` as UINT4."""
     onnx = _onnx()
     proto = onnx.load_from_string(model.data)
     first: dict[object, str] = {}
@@ -118,11 +163,46 @@ def _filled(model: Model, values: Mapping[str, Array], metadata: Mapping[str, st
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
     _rename(proto.graph, names)
+    if narrow:
+        _make_int4(onnx, proto, values, narrow - names.keys())
     for key, text in metadata.items():
         proto.metadata_props.add(key=key, value=text)
     onnx.checker.check_model(proto, full_check=True)
     data: bytes = proto.SerializeToString(deterministic=True)
     return data
+
+
+def _make_int4(onnx: Any, proto: Any, values: Mapping[str, Array], narrow: frozenset[str]) -> None:
+    """Let the initializers ``narrow`` be looked up in tables of at most 16 levels, in place."""
+    graph = proto.graph
+    kept = [tensor for tensor in graph.initializer if tensor.name not in narrow]
+    tables: dict[bytes, str] = {}  # most weights of a bit-width have the same levels
+    nodes = []
+    for name in sorted(narrow):
+        table, codes = np.unique(values[name], return_inverse=True)
+        if table.tobytes() not in tables:
+            tables[table.tobytes()] = f"{name}/table"
+            kept.append(onnx.numpy_helper.from_array(table, f"{name}/table"))
+        flat = codes.reshape(-1).astype(np.uint8)
+        pairs = np.append(flat, np.uint8(0)) if flat.size % 2 else flat
+        tensor = onnx.TensorProto(
+            name=f"{name}/codes",
+            data_type=onnx.TensorProto.UINT4,
+            dims=codes.reshape(values[name].shape).shape,
+            raw_data=(pairs[0::2] | pairs[1::2] << 4).tobytes(),  # the first in the low half
+        )
+        kept.append(tensor)
+        index, source = f"{name}/index", tables[table.tobytes()]
+        cast = {"to": onnx.TensorProto.INT32}
+        nodes.append(onnx.helper.make_node("Cast", [tensor.name], [index], **cast))
+        nodes.append(onnx.helper.make_node("Gather", [source, index], [name]))
+    nodes += graph.node
+    del graph.initializer[:], graph.node[:]
+    graph.initializer.extend(kept)
+    graph.node.extend(nodes)
+    # The first in which Cast takes UINT4; what else it changed are more types, too.
+    (opset,) = (opset for opset in proto.opset_import if opset.domain in ("", "ai.onnx"))
+    opset.version = max(opset.version, INT4_OPSET)
 
 
 def _rename(graph: Any, names: Mapping[str, str]) -> None:

@@ -4,16 +4,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from plyweight.artifact import ArtifactReader, Source, publish_atomically
 from plyweight.errors import LayeringError
 from plyweight.exporting.state_dict import state_dict_bytes
 
+if TYPE_CHECKING:
+    from torch import nn
+
 __all__ = ["DTYPES", "FORMATS", "ExportReport", "Format", "export"]
 
-Format = Literal["safetensors", "onnx", "openvino"]
-FORMATS = ("safetensors", "onnx", "openvino")
+Format = Literal["safetensors", "onnx", "onnx-int4", "openvino", "torch"]
+FORMATS = ("safetensors", "onnx", "onnx-int4", "openvino", "torch")
 DTYPES = ("float32", "float16")  # of weights; numpy has no bfloat16 to round to
 
 
@@ -26,8 +29,9 @@ class ExportReport:
         format: as asked for.
         bit_width: that it computes at.
         num_bytes: of all that was written.
-        difference: the mean difference between its outputs and the engine's, read back and run, in
-            parts of the outputs' standard deviation; None for a state dict, which is not run.
+        difference: the mean difference between its outputs and the engine's (for "torch" the loaded
+            model's), read back and run, in parts of the outputs' standard deviation; None for a
+            state dict, which is not run.
         evaluation: what the artifact says was measured at this bit-width, decimal texts by metric.
     """
 
@@ -46,6 +50,8 @@ def export(
     bit_width: int | None = None,
     to: Format = "safetensors",
     dtype: Literal["float32", "float16"] = "float32",
+    model: "nn.Module | None" = None,
+    example_inputs: Any = None,
 ) -> ExportReport:
     """Write one bit-width as a file that other tools read.
 
@@ -57,17 +63,24 @@ def export(
     float activations. Same artifact, same bytes.
 
     "onnx" and "openvino" are the artifact's graph with the values of that bit-width, int8 weights
-    and quantized activations included. They are read back by their own runtime and compared with
-    the engine before anything stands at ``path``: ONNX Runtime gives the same numbers, OpenVINO,
-    which rounds sums elsewhere, nearly the same.
+    and quantized activations included; "onnx-int4" is the same with half a byte for each weight of
+    4 bits and fewer, which a runtime turns into int8 when it loads the file. They are read back by
+    their own runtime and compared with the engine before anything stands at ``path``: ONNX Runtime
+    gives the same numbers, OpenVINO, which rounds sums elsewhere, nearly the same.
+
+    "torch" is a ``torch.export`` program of what :func:`plyweight.load` gives, for who has torch
+    and not the network's code; it is compared with the loaded model and equals it.
 
     Args:
         source: an artifact, whole or a prefix of one.
         path: the file to write. For "openvino" it ends in ``.xml``, and the weights go into a
             ``.bin`` of the same name beside it.
         bit_width: None for the widest that the source holds.
-        to: the format, one of "safetensors", "onnx" and "openvino".
+        to: the format, one of those.
         dtype: of the layered weights of a state dict; all else keeps its own.
+        model: for "torch", the float network, as :func:`plyweight.load` takes it.
+        example_inputs: for "torch", a batch, as :func:`plyweight.pack` takes it; the first
+            dimension may have any length afterwards.
 
     Raises:
         BitWidthError: If that bit-width is not held.
@@ -82,7 +95,7 @@ def export(
     if dtype not in DTYPES:
         raise LayeringError(f"dtype is {dtype!r}; give one of {', '.join(map(repr, DTYPES))}.")
     if to != "safetensors" and dtype != "float32":
-        raise LayeringError(f"dtype is {dtype!r}, but {to!r} has int8 weights; leave it out.")
+        raise LayeringError(f"dtype is {dtype!r}, but {to!r} has weights of its own; leave it out.")
     reader = ArtifactReader(source)
     target = reader.held_bit_widths[-1] if bit_width is None else bit_width
     num_layers = reader.header.layer_index(target) + 1
@@ -94,10 +107,16 @@ def export(
             file.write(head)
             file.write(data)
         written = [Path(path)]
-    elif to == "onnx":
+    elif to == "torch":
+        from plyweight.exporting.torch_program import write_program
+
+        difference, written = write_program(source, target, Path(path), model, example_inputs)
+    elif to.startswith("onnx"):
         from plyweight.exporting.onnx import write_onnx
 
-        difference, written = write_onnx(reader.header, layers, target, Path(path))
+        difference, written = write_onnx(
+            reader.header, layers, target, Path(path), is_int4=to == "onnx-int4"
+        )
     else:
         from plyweight.exporting.openvino import write_openvino
 
