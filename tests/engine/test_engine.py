@@ -1,5 +1,6 @@
 """An artifact answers at any of its bit-widths, exactly as its graph says."""
 
+import dataclasses
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from engine.handmade import BIT_WIDTHS, answers, images, residual_graph, write
 
 import plyweight
 from plyweight.artifact import ArtifactReader, MemorySource
-from plyweight.engine.session import BACKENDS
+from plyweight.engine.backends import BACKENDS
 from plyweight.engine.values import SlotValues
 from plyweight.errors import (
     ArtifactError,
@@ -81,13 +82,14 @@ def test_it_switches_among_the_bit_widths_it_holds(path, expected):
 
 def test_a_warm_width_is_the_session_from_before_and_a_cold_one_is_made(path, monkeypatch):
     made = []
-    session = BACKENDS["onnxruntime"]
+    backend = BACKENDS["onnxruntime"]
 
     def counting(graph, model, values, options):
         made.append(model.bit_widths)
-        return session(graph, model, values, options)
+        return backend.session(graph, model, values, options)
 
-    monkeypatch.setitem(BACKENDS, "onnxruntime", counting)
+    counted = dataclasses.replace(backend, session=counting)
+    monkeypatch.setitem(BACKENDS, "onnxruntime", counted)
     with plyweight.open(path, threads=1) as engine:
         for bit_width in (4, 8, 4, 8):
             engine.set_bit_width(bit_width)

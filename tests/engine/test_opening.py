@@ -57,7 +57,7 @@ def test_a_model_that_the_runtime_refuses_is_an_error_in_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tvm"}, "backend is 'tvm'; give one of onnxruntime"),
+        ({"backend": "tvm"}, "backend is 'tvm'; give one of onnxruntime, openvino"),
         ({"threads": 0}, "threads is 0; give an integer of 1 or more, or None"),
         ({"warm_bytes": -1}, "warm_bytes is -1; give an integer of 0 or more"),
         (

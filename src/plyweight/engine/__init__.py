@@ -3,7 +3,8 @@
     artifact ── graph ──► slots ── values at b bits ──► session ──► outputs
                          (names)   (levels, scales, biases, steps)
 
-Needs numpy and ONNX Runtime (the extra ``[engine]``), which is imported when an engine is opened.
+Needs numpy, and ONNX Runtime (the extra ``[engine]``) or OpenVINO (``[openvino]``), which are
+imported when an engine is opened.
 """
 
 from plyweight.engine.engine import Engine

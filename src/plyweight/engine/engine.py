@@ -17,10 +17,11 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from plyweight.artifact import GRAPH_NAME, ArtifactReader, Graph, Header, Port
+from plyweight.engine.backends import BACKENDS
 from plyweight.engine.inputs import check_inputs
 from plyweight.engine.memory import give_back
 from plyweight.engine.report import EngineReport, WarmReport
-from plyweight.engine.session import BACKENDS, Session, SessionOptions, check_model
+from plyweight.engine.session import Session, SessionOptions, check_model
 from plyweight.engine.values import SlotValues, Views
 from plyweight.engine.warm import Warm, WarmWidths
 from plyweight.errors import ArtifactError, BitWidthError, GraphError
@@ -203,7 +204,7 @@ class Engine:
             name=self._name,
             artifact_id=self._header.artifact_id,
             backend=self._backend,
-            providers=self._options.provider_names,
+            providers=self._warm.current.session.provider_names,
             bit_width=bit_width,
             bit_widths=bit_widths,
             stored_bit_widths=self._header.bit_widths,
@@ -237,7 +238,7 @@ class Engine:
         model = self._graph.model_for(bit_width)
         values = SlotValues(self._header, self._graph, layers, bit_width).all()
         check_model(model, values)
-        return BACKENDS[self._backend](self._graph, model, values, self._options)
+        return BACKENDS[self._backend].session(self._graph, model, values, self._options)
 
     def _require_held(self, bit_width: int) -> None:
         _ = self._warm.current  # a closed engine holds nothing, which is not what is wrong

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from plyweight.artifact.strict_json import shown
 from plyweight.errors import GraphError
 
-__all__ = ["Declared", "external_initializers"]
+__all__ = ["Declared", "external_initializers", "fields_and_bytes", "slot_name"]
 
 SLOTS = "slots"  # the "file" that stands for what the engine fills in
 MAX_DEPTH = 16  # of graphs inside nodes
@@ -81,6 +81,13 @@ def external_initializers(data: bytes) -> dict[str, Declared]:
                 elif inner == FUNCTION_ATTRIBUTE:
                     _walk_attribute(_message(part), MAX_DEPTH)
     return found
+
+
+def slot_name(tensor: int | memoryview) -> str | None:
+    """The name of an initializer that is to be filled in; None for one that has its values."""
+    found: dict[str, Declared] = {}
+    _take_tensor(_message(tensor), found)
+    return next(iter(found), None)
 
 
 def _walk_graph(graph: memoryview, found: dict[str, Declared] | None, depth: int) -> None:
@@ -157,13 +164,24 @@ def _entry(message: memoryview) -> tuple[str, str]:
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """Every field of a message: its number, and an integer or the bytes of it."""
+    for number, value, _ in fields_and_bytes(message):
+        yield number, value
+
+
+def fields_and_bytes(message: memoryview) -> Iterator[tuple[int, int | memoryview, memoryview]]:
+    """The same, and all the bytes that the field takes, its number and length among them.
+
+    Raises:
+        GraphError: If the message is none.
+    """
     offset, stop = 0, len(message)
     while offset < stop:
+        start = offset
         tag, offset = _varint(message, offset)
         number, wire_type = tag >> 3, tag & 7
         if wire_type == VARINT:
             value, offset = _varint(message, offset)
-            yield number, value
+            yield number, value, message[start:offset]
             continue
         if wire_type == COUNTED:
             size, offset = _varint(message, offset)
@@ -173,7 +191,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             raise _refused(f"a field has wire type {wire_type}")
         if size > stop - offset:
             raise _refused("it ends inside a field")
-        yield number, message[offset : offset + size]
+        yield number, message[offset : offset + size], message[start : offset + size]
         offset += size
 
 

@@ -6,8 +6,9 @@ from typing import Unpack
 from plyweight.artifact import ArtifactReader
 from plyweight.delivery import FetchOptions
 from plyweight.delivery.reading import Address, opened_at, without_limits
+from plyweight.engine.backends import check_options
 from plyweight.engine.engine import Engine
-from plyweight.engine.session import Provider, SessionOptions, check_options
+from plyweight.engine.session import Provider, SessionOptions
 from plyweight.errors import EngineError
 
 __all__ = ["WARM_BYTES", "open"]
@@ -36,12 +37,12 @@ def open(
         source: a URL, of which what is missing is fetched into the cache; or a file, whole or cut
             at the end of a layer.
         bit_width: the widest to hold, and the one to compute at; None for all that is there.
-        providers: of the runtime, the preferred one first, each a name or a name and its options;
-            None for the CPU.
+        providers: of ONNX Runtime, the preferred one first, each a name or a name and its
+            options; None for the CPU. OpenVINO has none.
         threads: that one request is spread over; None for as many as the runtime chooses.
         warm_bytes: that bit-widths used before may take beside the current one, so that to switch
             back to them takes no time; 0 keeps none.
-        backend: the runtime, "onnxruntime".
+        backend: the runtime, "onnxruntime" or "openvino".
         options: of :func:`plyweight.fetch`: limits in place of ``bit_width``, whom to believe, how
             to fetch. For a file: ``max_bytes``, ``max_ram`` and ``artifact_id``.
 

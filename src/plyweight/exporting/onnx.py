@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from plyweight.artifact import Header, Model, Port, publish_atomically
 from plyweight.engine.engine import graph_of
-from plyweight.engine.session import OnnxRuntimeSession, SessionOptions, check_model, check_options
+from plyweight.engine.onnxruntime_session import OnnxRuntimeSession, check_onnxruntime
+from plyweight.engine.session import SessionOptions, check_model
 from plyweight.engine.values import SlotValues, Views
 from plyweight.errors import GraphError
 
@@ -54,7 +55,7 @@ class Filled:
         *,
         is_int4: bool = False,
     ) -> None:
-        check_options("onnxruntime", SessionOptions(None, None))
+        check_onnxruntime(SessionOptions(None, None))
         self.graph = graph_of(layers[0], header, name)
         self._model = self.graph.model_for(bit_width)
         self._values = SlotValues(header, self.graph, layers, bit_width).all()

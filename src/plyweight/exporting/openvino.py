@@ -3,9 +3,9 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from plyweight.artifact import Header, publish_atomically
+from plyweight.engine.openvino_session import openvino
 from plyweight.engine.values import Views
 from plyweight.errors import GraphError, LayeringError
 from plyweight.exporting.onnx import Filled, mean_difference
@@ -32,13 +32,13 @@ def write_openvino(
             f"the path is {str(path)!r}; OpenVINO reads two files, so give one that ends in "
             f"{ENDING}, and the weights go beside it into {path.stem}.bin."
         )
-    openvino = _openvino()
+    runtime = openvino()
     filled = Filled(header, layers, bit_width, str(path))
-    core = openvino.Core()
+    core = runtime.Core()
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder, path.name)
         model = core.read_model(filled.data)
-        openvino.save_model(model, draft, compress_to_fp16=False)
+        runtime.save_model(model, draft, compress_to_fp16=False)
         compiled = core.compile_model(draft, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         difference = 0.0
         for feeds, expected in filled.answers():
@@ -46,7 +46,7 @@ def write_openvino(
             difference = max(difference, mean_difference(outputs, expected))
         if not difference <= MOST_DIFFERENCE:  # a NaN is no number either
             raise GraphError(
-                f"OpenVINO {openvino.__version__} computes something else from the exported files "
+                f"OpenVINO {runtime.__version__} computes something else from the exported files "
                 f"than the engine (off by {difference:.2g} of the outputs' spread); nothing was "
                 "written. Export onnx instead."
             )
@@ -55,14 +55,3 @@ def write_openvino(
             with publish_atomically(target) as file:
                 file.write(draft.with_name(target.name).read_bytes())
     return difference, [path, weights]
-
-
-def _openvino() -> Any:
-    try:
-        import openvino
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "OpenVINO's files need openvino, which is not installed; install it with: "
-            'pip install "plyweight[openvino]"'
-        ) from error
-    return openvino

@@ -1,0 +1,46 @@
+"""Backends: the runtimes that an engine can compute with."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from plyweight.artifact import Graph, Model
+from plyweight.engine.onnxruntime_session import OnnxRuntimeSession, check_onnxruntime
+from plyweight.engine.openvino_session import OpenVinoSession, check_openvino
+from plyweight.engine.session import Array, Session, SessionOptions
+from plyweight.errors import EngineError, listed
+
+__all__ = ["BACKENDS", "Backend", "check_options"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A runtime, which is imported when it is asked for.
+
+    Attributes:
+        check: raises an EngineError for options that it has not, an ImportError without it.
+        session: of a graph's model, with values in its slots.
+    """
+
+    check: Callable[[SessionOptions], None]
+    session: Callable[[Graph, Model, Mapping[str, Array], SessionOptions], Session]
+
+
+BACKENDS: Mapping[str, Backend] = {
+    "onnxruntime": Backend(check_onnxruntime, OnnxRuntimeSession),
+    "openvino": Backend(check_openvino, OpenVinoSession),
+}
+
+
+def check_options(backend: str, options: SessionOptions) -> None:
+    """Whether that runtime is there, and what is asked of it.
+
+    Raises:
+        EngineError: If not, or if the number of threads is none.
+        ImportError: If the runtime is not installed.
+    """
+    if backend not in BACKENDS:
+        raise EngineError(f"backend is {backend!r}; give one of {listed(BACKENDS)}.")
+    threads = options.threads
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise EngineError(f"threads is {threads!r}; give an integer of 1 or more, or None.")
+    BACKENDS[backend].check(options)

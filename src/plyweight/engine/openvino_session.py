@@ -1,0 +1,140 @@
+"""OpenVINO as a backend.
+
+It wants a model whole, so the slots' values are written into the model's bytes in memory first;
+nothing goes to disk. Convolutions and products run as integers, as in ONNX Runtime, but what is
+between them is fused otherwise and rounded once less or in another order: a value that lies at a
+threshold may fall to its other side.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from plyweight.artifact import Graph, Model
+from plyweight.engine.onnx_filled import filled
+from plyweight.engine.session import (
+    Array,
+    SessionOptions,
+    check_ports,
+    first_line,
+    num_bytes_of,
+)
+from plyweight.errors import EngineError, GraphError, listed
+
+__all__ = ["OpenVinoSession", "check_openvino"]
+
+DEVICE = "CPU"
+COPIES = 2
+SETTINGS: Mapping[str, object] = {
+    "PERFORMANCE_HINT": "LATENCY",  # all threads on one request
+    # What is float stays float32: no bfloat16, no rounding of activations that the graph has not.
+    "INFERENCE_PRECISION_HINT": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+}
+
+
+class OpenVinoSession:
+    """A compiled model of OpenVINO.
+
+    Args:
+        graph: that the model is of.
+        model: whose slots are the names of ``values``.
+        values: by slot.
+        options: how to compute.
+
+    Raises:
+        GraphError: If the runtime refuses the model.
+    """
+
+    provider_names = (DEVICE,)
+
+    def __init__(
+        self, graph: Graph, model: Model, values: Mapping[str, Array], options: SessionOptions
+    ) -> None:
+        runtime = openvino()
+        settings = dict(SETTINGS)
+        if options.threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = options.threads
+        try:
+            core = _core(runtime)
+            whole = core.read_model(filled(model.data, values))
+            self._compiled = core.compile_model(whole, DEVICE, settings)
+        except Exception as error:  # those of the runtime have no class in common
+            raise GraphError(
+                f"OpenVINO {runtime.__version__} refuses the graph for "
+                f"{listed(model.bit_widths)} bits ({first_line(error)}); open it with another "
+                "backend, or install a newer one."
+            ) from error
+        self.num_bytes = len(model.data) + COPIES * num_bytes_of(values)
+        inputs, outputs = self._compiled.inputs, self._compiled.outputs
+        check_ports(graph, map(_name, inputs), map(_name, outputs))
+        places = {_name(output): place for place, output in enumerate(outputs)}
+        self._places = [places[port.name] for port in graph.outputs]
+        # A request has memory of its own and is one thread's at a time.
+        self._idle: SimpleQueue[Any] = SimpleQueue()
+
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """The outputs of the graph, in its order."""
+        with self._request() as request:
+            try:
+                request.infer(dict(feeds), share_inputs=True)
+            except Exception as error:
+                raise GraphError(
+                    f"OpenVINO failed to compute the graph ({first_line(error)}); try another "
+                    "backend or a smaller batch."
+                ) from error
+            return [request.get_output_tensor(place).data.copy() for place in self._places]
+
+    @contextmanager
+    def _request(self) -> Iterator[Any]:
+        """One that no other thread has, made where all are in use."""
+        try:
+            request = self._idle.get_nowait()
+        except Empty:
+            request = self._compiled.create_infer_request()
+        try:
+            yield request
+        finally:
+            self._idle.put(request)
+
+
+def check_openvino(options: SessionOptions) -> None:
+    """Whether OpenVINO is there; it has no providers.
+
+    Raises:
+        EngineError: If some are asked for.
+        ImportError: If OpenVINO is not installed.
+    """
+    openvino()
+    if options.providers is not None:
+        raise EngineError(
+            f"the providers {listed(map(str, options.providers))} were asked for, but OpenVINO "
+            "has none, and computes on the CPU; give no providers."
+        )
+
+
+def openvino() -> Any:
+    """The module.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise ImportError(
+            'OpenVINO is not installed; run: pip install "plyweight[openvino]"'
+        ) from error
+    return openvino
+
+
+@functools.cache
+def _core(runtime: Any) -> Any:
+    """One for the process: it loads the device's library once."""
+    return runtime.Core()
+
+
+def _name(port: Any) -> str:
+    return str(port.get_any_name())
