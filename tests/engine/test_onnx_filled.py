@@ -1,4 +1,4 @@
-"""A model with its slots filled is the model that onnx would have made, and nothing else changes."""
+"""A model with its slots filled is what onnx would have made of it; nothing else changes."""
 
 import numpy as np
 import onnx

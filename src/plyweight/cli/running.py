@@ -48,6 +48,7 @@ Providers = Annotated[
     list[str] | None,
     typer.Option("--provider", metavar="NAME", help="Of ONNX Runtime; repeatable."),
 ]
+Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="onnxruntime or openvino.")]
 WARM_BYTES = 2**40  # a benchmark keeps every width
 
 
@@ -63,6 +64,7 @@ def run(
     best: Annotated[int, typer.Option("--top", min=1, metavar="N", help="Classes to show.")] = 5,
     threads: Threads = None,
     providers: Providers = None,
+    backend: Backend = "onnxruntime",
     artifact_id: ArtifactId = None,
     public_key: PublicKey = None,
     authorities: Authorities = None,
@@ -78,7 +80,12 @@ def run(
     with (
         spoken_warnings(),
         open_engine(
-            artifact, bit_width=bit_width, threads=threads, providers=providers, **options
+            artifact,
+            bit_width=bit_width,
+            threads=threads,
+            providers=providers,
+            backend=backend,
+            **options,
         ) as engine,
     ):
         feeds = _feeds(inputs, engine)
@@ -105,6 +112,7 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at each width.")] = 50,
     threads: Threads = None,
     providers: Providers = None,
+    backend: Backend = "onnxruntime",
     as_json: AsJson = False,
 ) -> None:
     """Measure what a request takes at every bit-width, and a change."""
@@ -112,7 +120,12 @@ def bench(
 
     started = time.perf_counter()
     with open_engine(
-        artifact, bit_width=bit_width, threads=threads, providers=providers, warm_bytes=WARM_BYTES
+        artifact,
+        bit_width=bit_width,
+        threads=threads,
+        providers=providers,
+        backend=backend,
+        warm_bytes=WARM_BYTES,
     ) as engine:
         open_s = time.perf_counter() - started
         feeds = _random_feeds(engine.inputs, batch)

@@ -7,12 +7,16 @@ threshold may fall to its other side.
 """
 
 import functools
+import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import numpy as np
+
 from plyweight.artifact import Graph, Model
+from plyweight.engine.exactness import COLUMNS, INNER, LARGEST_SIGNED, LARGEST_UNSIGNED, ROWS
 from plyweight.engine.onnx_filled import filled
 from plyweight.engine.session import (
     Array,
@@ -107,12 +111,42 @@ def check_openvino(options: SessionOptions) -> None:
         EngineError: If some are asked for.
         ImportError: If OpenVINO is not installed.
     """
-    openvino()
+    runtime = openvino()
     if options.providers is not None:
         raise EngineError(
             f"the providers {listed(map(str, options.providers))} were asked for, but OpenVINO "
             "has none, and computes on the CPU; give no providers."
         )
+    if does_saturate(runtime):
+        raise EngineError(
+            f"OpenVINO {runtime.__version__} computes wrong sums of products of bytes on this "
+            'processor, which has no VNNI instructions; use the backend "onnxruntime", whose are '
+            "exact."
+        )
+
+
+@functools.cache
+def does_saturate(runtime: Any) -> bool:
+    """Whether ``runtime``, the module openvino, computes wrong sums of products here.
+
+    Without VNNI instructions x86 adds products of bytes in pairs of 16 bits, see ``exactness``, and
+    OpenVINO has no option against it. Its answer is found once per process.
+    """
+    operators = importlib.import_module("openvino.opset13")
+    x = operators.parameter([ROWS, INNER], np.float32)
+    ends = (np.float32(0), np.float32(LARGEST_UNSIGNED))
+    levels = operators.fake_quantize(x, *ends, *ends, LARGEST_UNSIGNED + 1)
+    weight = operators.convert(
+        operators.constant(np.full((INNER, COLUMNS), LARGEST_SIGNED, np.int8)), np.float32
+    )
+    scaled = operators.multiply(weight, np.ones((1, COLUMNS), np.float32))
+    product = operators.matmul(levels, scaled, False, False)
+    model = runtime.Model([product], [x])
+    compiled = _core(runtime).compile_model(model, DEVICE, dict(SETTINGS))
+    sums = compiled([np.full((ROWS, INNER), LARGEST_UNSIGNED, np.float32)])[0]
+    exact = INNER * LARGEST_UNSIGNED * LARGEST_SIGNED
+    # Rounded to float32 somewhere on the way; saturated, it is about half.
+    return bool(np.abs(sums - exact).max() > exact / 1000)
 
 
 def openvino() -> Any:
