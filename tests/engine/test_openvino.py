@@ -158,5 +158,5 @@ def test_this_processor_is_asked_and_one_that_saturates_is_refused(path, monkeyp
 
     assert openvino_session.does_saturate(openvino) in (False, True)
     monkeypatch.setattr(openvino_session, "does_saturate", lambda _: True)
-    with pytest.raises(EngineError, match='wrong sums of products of bytes.*"onnxruntime"'):
+    with pytest.raises(EngineError, match=r'wrong sums of products of bytes.*"onnxruntime"'):
         open_here(path)
