@@ -1,0 +1,288 @@
+"""How fast does the engine answer, load and switch, beside other runtimes on the same nets?
+
+    python benchmarks/engine.py
+    python benchmarks/engine.py --quick --out FOLDER
+
+ResNet-20 for images of 32 x 32, ResNet-18 and MobileNetV2 for 224 x 224. The weights are random,
+with batch norm statistics of random images: what is measured does not depend on them. All with two
+threads, interleaved in one run: in each round every variant answers one request that is not timed,
+for threads of the variant before may still be spinning, and then three that are. Medians.
+
+Memory, loading and switching are measured in a process of their own, one for each backend.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+THREADS = 2
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT.parent / "examples"))
+
+import numpy as np
+
+import plyweight
+from plyweight.artifact import publish_atomically
+
+BIT_WIDTHS, BATCHES, BACKENDS = (2, 3, 4, 6, 8), (1, 8), ("onnxruntime", "openvino")
+SIZES = {"resnet20": 32, "resnet18": 224, "mobilenetv2": 224}
+ROUNDS = {"resnet20": 60, "resnet18": 12, "mobilenetv2": 25}
+TIMED = 3  # requests of a variant in a round
+WARM = 2**40
+
+Run = Callable[[np.ndarray], object]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every net, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", choices=list(SIZES), nargs="+", default=list(SIZES))
+    parser.add_argument("--quick", action="store_true", help="two rounds: whether it runs at all")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", metavar="FOLDER")
+    parser.add_argument("--holding", nargs=3, help=argparse.SUPPRESS)  # of the process for memory
+    options = parser.parse_args(arguments)
+    if options.holding:
+        path, backend, side = options.holding
+        print(json.dumps(holding(path, backend, int(side))))
+        return
+    found = {name: measured(name, quick=options.quick) for name in options.nets}
+    write(found, options)
+
+
+def measured(name: str, *, quick: bool) -> dict[str, Any]:
+    """Everything about one net."""
+    side = SIZES[name]
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        variants, path = made(name, folder)
+        rounds = 2 if quick else ROUNDS[name]
+        latency = {batch: interleaved(variants, batch, side, rounds) for batch in BATCHES}
+        held = {}
+        for backend in BACKENDS:
+            command = [sys.executable, __file__, "--holding", str(path), backend, str(side)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            held[backend] = json.loads(done.stdout)
+    return {"side": side, "rounds": rounds, "seconds": latency, "holding": held}
+
+
+def made(name: str, folder: Path) -> tuple[dict[str, Run], Path]:
+    """Every variant, ready to answer, and the artifact."""
+    import openvino
+    import torch
+    from engine_nets import net_of
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    torch.set_num_threads(THREADS)
+    net, images = net_of(name, SIZES[name]), images_of(16, SIZES[name])
+    examples = torch.from_numpy(images)
+    model = plyweight.prepare(net, BIT_WIDTHS).eval()
+    with torch.no_grad():
+        model(examples)
+    path = folder / "net.layered.safetensors"
+    plyweight.pack(model, path, example_inputs=examples)
+    floats, ready, integers = (folder / f"{kind}.onnx" for kind in ("float", "ready", "int8"))
+    batch = torch.export.Dim("batch")
+    torch.onnx.export(
+        net,
+        (examples[:2],),
+        floats,
+        input_names=["input"],
+        dynamo=True,
+        dynamic_shapes=({0: batch},),
+        external_data=False,
+        verbose=False,
+    )
+    quant_pre_process(floats, ready, skip_symbolic_shape=True)
+
+    class Images(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = [{"input": images[i : i + 4]} for i in range(0, len(images), 4)]
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return self.left.pop() if self.left else None
+
+    quantize_static(ready, integers, Images(), quant_format=QuantFormat.QDQ, per_channel=True)
+    compiled = torch.compile(net)
+
+    def in_torch(module: Callable[[torch.Tensor], torch.Tensor]) -> Run:
+        def run(x: np.ndarray) -> object:
+            with torch.inference_mode():
+                return module(torch.from_numpy(x))
+
+        return run
+
+    def in_openvino(file: Path) -> Run:
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": THREADS,
+        }
+        request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
+        return lambda x: request.infer([x], share_inputs=True)
+
+    variants = {
+        "torch float": in_torch(net),
+        "torch float, compiled": in_torch(compiled),
+        "ONNX Runtime float": in_onnxruntime(floats),
+        "ONNX Runtime int8": in_onnxruntime(integers),
+        "OpenVINO float": in_openvino(floats),
+    }
+    try:
+        variants["OpenVINO int8"] = in_openvino(integers)
+    except RuntimeError as error:  # OpenVINO 2026.4 refuses ResNet-20's padded shortcuts so
+        print(f"{name}: OpenVINO refuses the int8 graph: {str(error).splitlines()[-1]}")
+    for backend in BACKENDS:
+        for bit_width in reversed(BIT_WIDTHS):
+            engine = plyweight.open(path, bit_width=bit_width, threads=THREADS, backend=backend)
+            port = engine.inputs[0].name
+            variants[f"plyweight {backend} {bit_width}"] = lambda x, engine=engine, port=port: (
+                engine.run({port: x})
+            )
+    return variants, path
+
+
+def in_onnxruntime(file: Path) -> Run:
+    """A session on a file."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = THREADS, 3
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"input": x})
+
+
+def images_of(count: int, side: int) -> np.ndarray:
+    """``(count, 3, side, side)`` of a normal distribution."""
+    return np.random.default_rng(0).normal(size=(count, 3, side, side)).astype(np.float32)
+
+
+def interleaved(
+    variants: Mapping[str, Run], batch: int, side: int, rounds: int
+) -> dict[str, float]:
+    """The median seconds of a request, one variant after the other in every round."""
+    x = images_of(batch, side)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for run in variants.values():
+        run(x)  # which may compile
+    for _ in range(rounds):
+        for name, run in variants.items():
+            run(x)
+            for _ in range(TIMED):
+                started = time.perf_counter()
+                run(x)
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def holding(path: str, backend: str, side: int) -> dict[str, Any]:
+    """Seconds to load and to switch, and resident bytes, in a process that does nothing else."""
+    options: dict[str, Any] = {"threads": THREADS, "backend": backend, "warm_bytes": WARM}
+    plyweight.open(path, bit_width=BIT_WIDTHS[0], **options).close()  # loads the libraries
+    gc.collect()
+    before, x = resident_bytes(), images_of(1, side)
+    started = time.perf_counter()
+    with plyweight.open(path, **options) as engine:
+        (port,) = engine.inputs
+        feeds = {port.name: x}
+        engine.run(feeds)
+        found: dict[str, Any] = {"load_s": time.perf_counter() - started}
+        found["loaded_bytes"] = resident_bytes() - before
+        inference = [seconds(lambda: engine.run(feeds)) for _ in range(15)]
+        found["inference_s"] = statistics.median(inference)
+        others = BIT_WIDTHS[-2::-1]
+        found["cold_s"] = {b: seconds(lambda b=b: engine.set_bit_width(b)) for b in others}
+        found["all_warm_bytes"] = resident_bytes() - before
+        warm = [seconds(lambda b=b: engine.set_bit_width(b)) for b in BIT_WIDTHS * 20]
+        found["warm_s"] = statistics.median(warm)
+        engine.downgrade(BIT_WIDTHS[0])
+        found["downgraded_bytes"] = resident_bytes() - before
+    return found
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """That ``call`` takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def resident_bytes() -> int:
+    """Of this process, as Linux counts them."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def tables(found: Mapping[str, Any]) -> list[str]:
+    """Lines of Markdown."""
+    lines = []
+    for name, net in found.items():
+        side = net["side"]
+        lines += [f"\n## {name}, {side} x {side}, {net['rounds']} rounds of {TIMED}\n"]
+        lines += ["| variant | batch 1, ms | inputs/s, batch 8 | speed, of its int8 | of torch |"]
+        lines += ["|---" * 5 + "|"]
+        one, eight = net["seconds"][BATCHES[0]], net["seconds"][BATCHES[1]]
+        for variant, median in one.items():
+            own = "OpenVINO" if "openvino" in variant.lower() else "ONNX Runtime"
+            base = one.get(f"{own} int8")
+            speeds = "refused" if base is None else f"{base / median:.2f}"
+            speeds += f" | {one['torch float'] / median:.2f}"
+            lines += [
+                f"| {variant} | {median * 1e3:.2f} | {BATCHES[1] / eight[variant]:.0f} | {speeds} |"
+            ]
+        lines += ["\n| backend | open to first answer, ms | cold switch, ms (inferences) | "]
+        lines[-1] += "warm switch, µs | MB loaded | MB, all widths warm | MB, downgraded to 2 |"
+        lines += ["|---" * 7 + "|"]
+        for backend, held in net["holding"].items():
+            cold = statistics.median(held["cold_s"].values())
+            size = " | ".join(
+                f"{held[key] / 1e6:.1f}"
+                for key in ("loaded_bytes", "all_warm_bytes", "downgraded_bytes")
+            )
+            lines += [
+                f"| {backend} | {held['load_s'] * 1e3:.0f} | {cold * 1e3:.0f} "
+                f"({cold / held['inference_s']:.1f}) | {held['warm_s'] * 1e6:.1f} | {size} |"
+            ]
+    return lines
+
+
+def write(found: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """The tables, on the screen and in a file."""
+    packages = ("plyweight", "torch", "onnxruntime", "openvino")
+    conditions = {
+        "command": "python benchmarks/engine.py" + (" --quick" if options.quick else ""),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {THREADS} threads",
+        "versions": {name: version(name) for name in packages},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    lines = ["# The engine beside other runtimes\n"]
+    lines += ["Random weights; `int8` is ONNX Runtime's static quantization (QDQ, per channel) of"]
+    lines += ["the same net, on both runtimes. Speeds are ratios of medians, batch 1; above 1 is"]
+    lines += ["faster, and *refused* means that the runtime does not take the int8 graph. MB are"]
+    lines += ["resident bytes above those of a process with the libraries loaded."]
+    lines += tables(found)
+    packages_line = " · ".join(f"{n} {v}" for n, v in conditions["versions"].items())
+    lines += [f"\n`{conditions['command']}` · {conditions['machine']} · {packages_line} · "]
+    lines[-1] += f"{conditions['date']}\n"
+    print("\n".join(lines))
+    content = json.dumps({"conditions": conditions, "nets": found}, indent=1) + "\n"
+    options.out.mkdir(parents=True, exist_ok=True)
+    for ending, text in (("md", "\n".join(lines)), ("json", content)):
+        with publish_atomically(options.out / f"engine.{ending}") as file:
+            file.write(text.encode())
+
+
+if __name__ == "__main__":
+    main()
