@@ -15,8 +15,8 @@ from plyweight.errors import EngineError, GraphError
 
 INTEGERS = {"i8", "u8"}
 PRODUCTS = {"Convolution", "FullyConnected", "MatMul"}
-# OpenVINO takes the stride of a 1 x 1 convolution before the quantizer that a block and its shortcut
-# share at 8 bits, and then no longer sees that the convolution reads integers.
+# OpenVINO takes the stride of a 1 x 1 convolution before the quantizer that a block and its
+# shortcut share at 8 bits, and then no longer sees that the convolution reads integers.
 IN_FLOAT = {("SmallResNet", 8): 1}
 # Of the logits' spread: here and there a value beside a threshold falls to its other side.
 BOUNDS = {2: 0.2, 3: 0.1, 4: 0.06, 8: 0.02}
