@@ -82,7 +82,12 @@ def made(name: str, folder: Path) -> tuple[dict[str, Run], Path]:
     import openvino
     import torch
     from engine_nets import net_of
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     torch.set_num_threads(THREADS)
@@ -114,7 +119,15 @@ def made(name: str, folder: Path) -> tuple[dict[str, Run], Path]:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return self.left.pop() if self.left else None
 
-    quantize_static(ready, integers, Images(), quant_format=QuantFormat.QDQ, per_channel=True)
+    quantize_static(
+        ready,
+        integers,
+        Images(),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,  # the form that x86 multiplies fastest
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+    )
     compiled = torch.compile(net)
 
     def in_torch(module: Callable[[torch.Tensor], torch.Tensor]) -> Run:
@@ -139,11 +152,8 @@ def made(name: str, folder: Path) -> tuple[dict[str, Run], Path]:
         "ONNX Runtime float": in_onnxruntime(floats),
         "ONNX Runtime int8": in_onnxruntime(integers),
         "OpenVINO float": in_openvino(floats),
+        "OpenVINO int8": in_openvino(integers),
     }
-    try:
-        variants["OpenVINO int8"] = in_openvino(integers)
-    except RuntimeError as error:  # OpenVINO 2026.4 refuses ResNet-20's padded shortcuts so
-        print(f"{name}: OpenVINO refuses the int8 graph: {str(error).splitlines()[-1]}")
     for backend in BACKENDS:
         for bit_width in reversed(BIT_WIDTHS):
             engine = plyweight.open(path, bit_width=bit_width, threads=THREADS, backend=backend)
@@ -236,9 +246,7 @@ def tables(found: Mapping[str, Any]) -> list[str]:
         one, eight = net["seconds"][BATCHES[0]], net["seconds"][BATCHES[1]]
         for variant, median in one.items():
             own = "OpenVINO" if "openvino" in variant.lower() else "ONNX Runtime"
-            base = one.get(f"{own} int8")
-            speeds = "refused" if base is None else f"{base / median:.2f}"
-            speeds += f" | {one['torch float'] / median:.2f}"
+            speeds = f"{one[f'{own} int8'] / median:.2f} | {one['torch float'] / median:.2f}"
             lines += [
                 f"| {variant} | {median * 1e3:.2f} | {BATCHES[1] / eight[variant]:.0f} | {speeds} |"
             ]
@@ -270,8 +278,7 @@ def write(found: Mapping[str, Any], options: argparse.Namespace) -> None:
     lines = ["# The engine beside other runtimes\n"]
     lines += ["Random weights; `int8` is ONNX Runtime's static quantization (QDQ, per channel) of"]
     lines += ["the same net, on both runtimes. Speeds are ratios of medians, batch 1; above 1 is"]
-    lines += ["faster, and *refused* means that the runtime does not take the int8 graph. MB are"]
-    lines += ["resident bytes above those of a process with the libraries loaded."]
+    lines += ["faster. MB are resident bytes above those of a process with the libraries loaded."]
     lines += tables(found)
     packages_line = " · ".join(f"{n} {v}" for n, v in conditions["versions"].items())
     lines += [f"\n`{conditions['command']}` · {conditions['machine']} · {packages_line} · "]
