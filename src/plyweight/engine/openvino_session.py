@@ -1,9 +1,9 @@
 """OpenVINO as a backend.
 
 It wants a model whole, so the slots' values are written into the model's bytes in memory first;
-nothing goes to disk. Convolutions and products run as integers, as in ONNX Runtime, but what is
-between them is fused otherwise and rounded once less or in another order: a value that lies at a
-threshold may fall to its other side.
+nothing goes to disk. Convolutions and products run as integers, as in ONNX Runtime, but what its
+kernels do between them is not quite what the graph says, so that values beside a threshold fall to
+its other side; docs/method.md, section 12, has by how much answers differ.
 """
 
 import functools

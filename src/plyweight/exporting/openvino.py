@@ -13,9 +13,9 @@ from plyweight.exporting.onnx import Filled, mean_difference
 __all__ = ["write_openvino"]
 
 ENDING = ".xml"
-# OpenVINO scales, adds and rounds in an order of its own. What falls to the other side of the
-# middle of two levels on the way changed outputs by 0.19 of their spread on a ResNet-8 at 2 bits
-# (0.02 at 8). The outputs of another network are off by a half and more.
+# What OpenVINO's integer kernels do between sums is not quite what the graph says. On a ResNet-8
+# that changed outputs by 0.19 of their spread at 2 bits (0.02 at 8). The outputs of another network
+# are off by a half and more.
 MOST_DIFFERENCE = 0.4
 
 

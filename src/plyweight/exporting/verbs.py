@@ -66,7 +66,7 @@ def export(
     and quantized activations included; "onnx-int4" is the same with half a byte for each weight of
     4 bits and fewer, which a runtime turns into int8 when it loads the file. They are read back by
     their own runtime and compared with the engine before anything stands at ``path``: ONNX Runtime
-    gives the same numbers, OpenVINO, which rounds sums elsewhere, nearly the same.
+    gives the same numbers, OpenVINO's integer kernels nearly the same.
 
     "torch" is a ``torch.export`` program of what :func:`plyweight.load` gives, for who has torch
     and not the network's code; it is compared with the loaded model and equals it.
