@@ -1,5 +1,6 @@
 import contextlib
 import io
+import json
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -134,3 +135,19 @@ def test_the_tables_of_the_readme_are_those_that_were_measured():
     for depth, of_float, cells in nets:
         figures = re.sub(r" \([^)]*\)", "", cells)
         assert f"| ResNet-{depth} | {of_float} % | {figures} |" in readme
+
+
+def test_the_engines_accuracies_in_the_readme_are_those_that_were_measured():
+    results = ROOT / "benchmarks" / "results"
+    readme = (ROOT / "README.md").read_text()
+    cells = {}
+    for net in ("resnet8", "resnet20"):
+        rows = json.loads((results / f"agreement-{net}.json").read_text())["rows"]
+        for row in rows:
+            figures = [f"{row[key]:.2f} %" for key in ("agreement", "engine", "torch")]
+            cells.setdefault(row["bit_width"], []).extend(figures)
+            assert row["agreement"] >= (99.5 if row["bit_width"] >= 4 else 98.5)
+            assert abs(row["engine"] - row["torch"]) <= 0.2
+    lines = [f"| {b} | {' | '.join(found)} |\n" for b, found in cells.items() if len(found) == 6]
+    assert len(lines) == 5
+    assert all(line in readme for line in lines)
