@@ -238,3 +238,24 @@ def test_no_other_network_is_within_the_bound_that_openvino_has(packed_nets):
             if one is not other:
                 difference = onnx_export.mean_difference([one], [other])
                 assert difference > openvino_export.MOST_DIFFERENCE
+
+
+def test_a_nan_is_a_difference():
+    nan, numbers = np.full((2, 3), np.nan), np.arange(6.0).reshape(2, 3)
+    assert np.isnan(onnx_export.mean_difference([nan, numbers], [numbers, numbers]))
+
+
+def test_the_artifact_itself_is_not_written_over(tmp_path):
+    torch.manual_seed(0)
+    packed = Packed(prepared(NETS["SmallResNet"](), IMAGES), IMAGES, tmp_path)
+    source = packed.path.rename(tmp_path / "net.bin")
+    content = source.read_bytes()
+    for to, path in (("openvino", tmp_path / "net.xml"), ("onnx", source)):
+        with pytest.raises(LayeringError, match=r"net\.bin is the artifact itself"):
+            export(source, path, to=to)
+    assert source.read_bytes() == content
+
+
+def test_what_a_format_does_not_take_is_refused(packed_nets, tmp_path):
+    with pytest.raises(LayeringError, match="are for 'torch', not 'onnx'"):
+        export(packed_nets("SmallResNet").path, tmp_path / "a", to="onnx", example_inputs=IMAGES)

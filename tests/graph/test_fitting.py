@@ -234,6 +234,83 @@ def test_an_output_is_rounded_once_and_not_by_a_sequential():
     quantizer = ActivationQuantizer(8, (2, 8))
     relu = nn.ReLU()
     round_output(relu, quantizer)
-    for module in (relu, nn.Sequential(nn.ReLU())):
+    containers = nn.Sequential(nn.ReLU()), nn.ModuleList([nn.ReLU()]), nn.ModuleDict()
+    for module in (relu, quantizer, *containers):
         with pytest.raises(LayeringError, match="round that of a module inside of it"):
             round_output(module, quantizer)
+
+
+class _Reduced(nn.Module):
+    """A leaf whose sum is read inside, and a counter."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.join = _MeanOfSum()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, images):
+        return self.head(self.join(self.left(images), self.right(images)))
+
+
+class _MeanOfSum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("num_calls", torch.zeros(()))
+
+    def forward(self, a, b):
+        self.num_calls.add_(1)
+        return (a + b).mean(dim=(2, 3))
+
+
+def test_a_module_that_computes_on_with_a_sum_does_not_give_it_and_buffers_stay():
+    torch.manual_seed(0)
+    model = prepared(_Reduced(), SMALL_IMAGES)
+    before = model.join.num_calls.item()
+    report = fit_edges(model, SMALL_IMAGES)
+    assert report.placed == ("left", "right")
+    assert report.edges_left == ("join:add",)
+    assert model.join.num_calls.item() == before
+
+
+def test_in_inference_mode_it_makes_a_model_that_can_be_trained():
+    torch.manual_seed(0)
+    model = prepared(SmallResNet(), IMAGES)
+    with torch.inference_mode():
+        fit_edges(model, IMAGES)
+    model(IMAGES).square().mean().backward()
+
+
+def test_a_checkpoint_goes_into_a_model_that_was_fitted_too():
+    model, _ = fitted()
+    torch.manual_seed(1)
+    fresh = prepared(SmallResNet(), IMAGES)
+    fit_edges(fresh, IMAGES)
+    fresh.load_state_dict(model.state_dict())
+    for mine, theirs in zip(outputs_of(fresh), outputs_of(model), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_an_output_that_is_no_tensor_is_said():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    pair, quantizer = Pair(), ActivationQuantizer(8, (2, 8))
+    round_output(pair, quantizer)
+    with pytest.raises(LayeringError, match="output of a Pair is to be rounded"):
+        pair(torch.ones(1))
+
+
+def test_a_layered_module_of_that_name_is_refused_when_it_is_packed(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.output_quantizer = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.output_quantizer(x)
+
+    model = prepared(Named(), torch.randn(4, 8))
+    with pytest.raises(LayeringError, match="layered module output_quantizer has a name"):
+        plyweight.pack(model, tmp_path / "net")

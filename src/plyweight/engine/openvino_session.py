@@ -27,7 +27,7 @@ from plyweight.engine.session import (
 )
 from plyweight.errors import EngineError, GraphError, listed
 
-__all__ = ["OpenVinoSession", "check_openvino"]
+__all__ = ["SETTINGS", "OpenVinoSession", "check_openvino"]
 
 DEVICE = "CPU"
 COPIES = 2

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from plyweight.artifact import Source, publish_atomically
+from plyweight.engine.session import first_line
 from plyweight.errors import LayeringError
 from plyweight.graph.examples import Batch, batches_of, dynamic_shapes
 from plyweight.loading.verbs import load
@@ -35,7 +36,9 @@ def write_program(
         )
     loaded = load(source, model, bit_width=bit_width)
     batch = batches_of(loaded, example_inputs)[0]
-    batch = tuple(item.repeat(2, *[1] * (item.dim() - 1)) for item in batch)  # 1 would be fixed
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    # A dimension of length 1 would be taken for one that always has it.
+    batch = tuple(item.repeat(2, *[1] * (item.dim() - 1)).to(device) for item in batch)
     try:
         program = torch.export.export(
             loaded, batch, dynamic_shapes=tuple(dynamic_shapes([batch])), strict=False
@@ -43,7 +46,7 @@ def write_program(
     except Exception as error:  # whatever the model's own code raises under a trace
         raise LayeringError(
             f"this {type(model).__name__} cannot be traced by torch.export "
-            f"({str(error).splitlines()[0]}); export safetensors instead."
+            f"({first_line(error)}); export safetensors instead."
         ) from error
     buffer = io.BytesIO()
     torch.export.save(program, buffer)

@@ -96,6 +96,11 @@ def export(
         raise LayeringError(f"dtype is {dtype!r}; give one of {', '.join(map(repr, DTYPES))}.")
     if to != "safetensors" and dtype != "float32":
         raise LayeringError(f"dtype is {dtype!r}, but {to!r} has weights of its own; leave it out.")
+    if to != "torch" and (model is not None or example_inputs is not None):
+        raise LayeringError(
+            f"model and example_inputs are for 'torch', not {to!r}; leave out both."
+        )
+    _refuse_source(source, Path(path), to)
     reader = ArtifactReader(source)
     target = reader.held_bit_widths[-1] if bit_width is None else bit_width
     num_layers = reader.header.layer_index(target) + 1
@@ -129,3 +134,13 @@ def export(
         difference=difference,
         evaluation=(reader.header.evaluation or {}).get(target, {}),
     )
+
+
+def _refuse_source(source: object, path: Path, to: str) -> None:
+    """An artifact must not be what is written over."""
+    if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
+        for target in (path, path.with_suffix(".bin")) if to == "openvino" else (path,):
+            if target.exists() and target.samefile(source):
+                raise LayeringError(
+                    f"{target} is the artifact itself, which would be lost; give another name."
+                )

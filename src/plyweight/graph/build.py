@@ -72,16 +72,23 @@ def build_graph(model: nn.Module, example_inputs: Any, artifact: ArtifactReader)
     return graph
 
 
-def calibrated_plan(model: nn.Module, example_inputs: Any, artifact: ArtifactReader) -> "Plan":
-    """What :func:`build_graph` makes a graph of; the arguments and errors are its own."""
+def calibrated_plan(
+    model: nn.Module, example_inputs: Any, artifact: ArtifactReader, *, finds_places: bool = False
+) -> "Plan":
+    """What :func:`build_graph` makes a graph of; the arguments and errors are its own.
+
+    With ``finds_places`` edges know the module whose output they are.
+    """
     batches = batches_of(model, example_inputs)
     skeleton = GraphSkeleton(model)
     _check(skeleton, artifact)
     base = _export(skeleton, batches)
     weights = replace_weights(base, skeleton)
     tensors = _plain_slots(base, skeleton)
-    few = tuple(item[:2] for item in batches[0])
-    places = Places(skeleton.model, few, weights.convolutions)
+    places = None
+    if finds_places:
+        few = tuple(item[:2] for item in batches[0])
+        places = Places(skeleton.model, few, weights.convolutions)
     edges = insert_edges(base.graph, weights.convolutions, places)
     plan = Plan(base, skeleton, weights.modules, tensors, edges)
     plan.grids = _calibrated(plan, batches, artifact)

@@ -45,7 +45,8 @@ class Edge:
         prefix: of its slots.
         readers: the learned quantizers that read it.
         is_read_as_float: whether something else does.
-        place: the module of the torch network whose output it is; None if there is none.
+        place: the module of the torch network whose output it is; None if there is none, or it
+            was not asked for.
     """
 
     prefix: str
@@ -80,13 +81,15 @@ class _Net:
         return any(value.is_graph_output() for value in self.values)
 
 
-def insert_edges(graph: ir.Graph, convolutions: Collection[ir.Value], places: Places) -> list[Edge]:
+def insert_edges(
+    graph: ir.Graph, convolutions: Collection[ir.Value], places: Places | None = None
+) -> list[Edge]:
     """Round the outputs of ``convolutions`` and what is added up of them, in place.
 
     Args:
         graph: whose modules read their inputs through marks.
         convolutions: outputs of convolutions on integers.
-        places: where values are rounded in torch.
+        places: where values are rounded in torch, if that is to be found out.
 
     Returns:
         The edges, in the order of execution. The marks of all others have been moved.
@@ -106,7 +109,7 @@ def insert_edges(graph: ir.Graph, convolutions: Collection[ir.Value], places: Pl
             _move_up(graph, net, learned[0])
             continue
         prefix = _name(net.sources()[0], {edge.prefix for edge in edges})
-        place = places.of(net.bottlenecks())
+        place = None if places is None else places.of(net.bottlenecks())
         _round_sources(graph, net, prefix)
         edges.append(Edge(prefix, tuple(learned), bool(others) or net.is_output(), place))
     absorb_clamps(graph)

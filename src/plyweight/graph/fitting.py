@@ -74,12 +74,15 @@ def round_biases(model: nn.Module, graph: Graph, artifact: ArtifactReader) -> li
             left.append(prefix)
         else:
             rows[prefix] = found
+    changes = []  # all are known before the first is made
     for index, bit_width in enumerate(artifact.header.bit_widths):
         values = SlotValues(artifact.header, graph, layers, bit_width)
         for prefix, bias in rows.items():
             change = torch.from_numpy(values.bias_change(prefix)).to(bias.device)
-            with torch.no_grad():
-                bias[index] = (bias[index].double() + change).to(bias.dtype)
+            changes.append((bias, index, (bias[index].double() + change).to(bias.dtype)))
+    with torch.no_grad():
+        for bias, index, value in changes:
+            bias[index] = value
     return left
 
 

@@ -4,12 +4,13 @@ A value that ONNX Runtime has to round is rounded in torch too if some module re
 ``plyweight.nn.outputs``). Which does is read off the modules that the exporter notes at each node:
 
     the output of a convolution             its batch norm, or itself
-    that behind a ReLU                      the ReLU's module; or as above, for rounding commutes
     what no node inside a module reads      that module, which gives it to those outside
+    that behind a ReLU                      or else what is before it, for rounding commutes
 
 and then off one run of the network, for a module must be called once and return a tensor.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from plyweight.graph.examples import Batch
 from plyweight.graph.marks import Bounds, clamp_of, is_mark
 from plyweight.graph.scopes import scopes_of
-from plyweight.nn.outputs import OUTPUT_QUANTIZER
+from plyweight.nn.outputs import can_round
 
 __all__ = ["Places"]
 
@@ -49,20 +50,14 @@ class Places:
             return
         if value in self._owners:
             yield self._owners[value]
-        scopes = scopes_of(producer)
-        if self._is_leaf(scopes[-1]):
-            yield scopes.pop()
+        scopes, readers = scopes_of(producer), list(_readers(value))
         clamped = producer.inputs[0] if clamp_of(producer) == Bounds(lowest=0.0) else None
         if clamped is not None and clamped in self._owners:
             yield self._owners[clamped]
-        readers = list(_readers(value))
         for name in reversed(scopes[1:]):  # the first is the network itself
             if any(name in scopes_of(reader) for reader in readers):
                 return
             yield name
-
-    def _is_leaf(self, name: str) -> bool:
-        return bool(name) and not list(self._model.get_submodule(name).children())
 
 
 def _readers(value: ir.Value) -> Iterator[ir.Node]:
@@ -76,6 +71,8 @@ def _readers(value: ir.Value) -> Iterator[ir.Node]:
 
 def _called_once(model: nn.Module, batch: Batch) -> frozenset[str]:
     """The modules whose output can be rounded: called once, for one tensor."""
+    # What the network counts or keeps in buffers stays as it is.
+    model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     calls: dict[str, list[bool]] = {}
     handles = []
 
@@ -86,7 +83,7 @@ def _called_once(model: nn.Module, batch: Batch) -> frozenset[str]:
         return hook
 
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Sequential) and OUTPUT_QUANTIZER not in module._modules:
+        if can_round(module):
             handles.append(module.register_forward_hook(noted(name)))
     try:
         with torch.no_grad():

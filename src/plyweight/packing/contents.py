@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from plyweight.artifact import Activation, LayerContent, LayeredWeight, TensorData
 from plyweight.artifact.names import (
     gain_name,
+    is_output,
     planes_name,
     scale_name,
     step_name,
@@ -118,6 +119,11 @@ class Contents:
                 if leaf == "clip":
                     # The quantizer of an output goes by its own name.
                     owner = head.removesuffix("input_quantizer").rstrip(".")
+                    if owner != head and is_output(owner):
+                        raise LayeringError(
+                            f"the layered module {owner} has a name by which artifacts mean what "
+                            "another module gives; call it something else."
+                        )
                     with _naming(module):
                         contents.activations[owner] = _restored(state, module, owner)
                 continue

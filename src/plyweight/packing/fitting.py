@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from plyweight.errors import LayeringError, listed
@@ -37,6 +38,7 @@ class EdgeReport:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)  # what is made inside could not be trained outside
 def fit_edges(model: nn.Module, example_inputs: Any) -> EdgeReport:
     """Let ``model`` round in torch what its graph rounds, in place.
 
@@ -48,7 +50,8 @@ def fit_edges(model: nn.Module, example_inputs: Any) -> EdgeReport:
     Modules get an ``output_quantizer`` with a step for each bit-width, chosen on the example
     inputs; those that are there stay. Their steps learn like all others if training goes on, and
     biases then move again: call it once more at the end. Biases may get a row for each bit-width,
-    so make the optimizer afterwards. What torch computes changes a little: measure the accuracy
+    so make the optimizer afterwards; and a checkpoint of such a model goes into one that was fitted
+    too. What torch computes changes a little: measure the accuracy
     after it.
 
     Args:
@@ -71,7 +74,7 @@ def fit_edges(model: nn.Module, example_inputs: Any) -> EdgeReport:
     inner = unwrapped(model)
     contents = Contents.of(checked_state(inner), by_object=True)
     with draft(contents) as artifact:
-        plan = calibrated_plan(inner, example_inputs, artifact)
-        placed, edges_left = place_edges(inner, plan)
+        plan = calibrated_plan(inner, example_inputs, artifact, finds_places=True)
         biases_left = round_biases(inner, plan.graph(), artifact)
+        placed, edges_left = place_edges(inner, plan)
     return EdgeReport(tuple(placed), tuple(edges_left), tuple(biases_left))
