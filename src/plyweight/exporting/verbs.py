@@ -138,7 +138,7 @@ def export(
 
 def _refuse_source(source: object, path: Path, to: str) -> None:
     """An artifact must not be what is written over."""
-    if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
+    if isinstance(source, (str, os.PathLike)) and Path(source).is_file():
         for target in (path, path.with_suffix(".bin")) if to == "openvino" else (path,):
             if target.exists() and target.samefile(source):
                 raise LayeringError(
