@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from plyweight.artifact import Header, Model, Port, publish_atomically
 from plyweight.engine.engine import graph_of
+from plyweight.engine.onnx_filled import filled
 from plyweight.engine.onnxruntime_session import OnnxRuntimeSession, check_onnxruntime
-from plyweight.engine.session import SessionOptions, check_model
+from plyweight.engine.session import SessionOptions, check_model, num_bytes_of
 from plyweight.engine.values import SlotValues, Views
 from plyweight.errors import GraphError
 
@@ -60,7 +61,7 @@ class Filled:
         self._model = self.graph.model_for(bit_width)
         self._values = SlotValues(header, self.graph, layers, bit_width).all()
         check_model(self._model, self._values)
-        num_bytes = sum({id(value): value.nbytes for value in self._values.values()}.values())
+        num_bytes = num_bytes_of(self._values)
         if num_bytes + len(self._model.data) > MAX_BYTES:
             raise GraphError(
                 f"the model has {num_bytes:,} bytes at {bit_width} bits, but an ONNX file holds "
@@ -111,14 +112,14 @@ def write_onnx(
     Returns:
         The difference, which is 0, and the files.
     """
-    filled = Filled(header, layers, bit_width, str(path), is_int4=is_int4)
+    whole = Filled(header, layers, bit_width, str(path), is_int4=is_int4)
     with publish_atomically(path) as file:
-        file.write(filled.data)
+        file.write(whole.data)
         file.flush()
         file.seek(0)
         read = Model(bit_widths=(bit_width,), slots=(), data=file.read())
-        session = OnnxRuntimeSession(filled.graph, read, {}, SessionOptions(None, None))
-        for feeds, expected in filled.answers():
+        session = OnnxRuntimeSession(whole.graph, read, {}, SessionOptions(None, None))
+        for feeds, expected in whole.answers():
             for one, other in zip(session.run(feeds), expected, strict=True):
                 if not np.array_equal(one, other, equal_nan=one.dtype.kind == "f"):
                     raise GraphError(
@@ -146,16 +147,12 @@ def _filled(
 ) -> bytes:
     """``model`` with ``values`` for slots, equal ones once, and those of ``narrow`` as UINT4."""
     onnx = _onnx()
-    proto = onnx.load_from_string(model.data)
+    proto = onnx.load_from_string(filled(model.data, values))
     first: dict[object, str] = {}
     names: dict[str, str] = {}  # of what is there twice, and which stays
     kept = []
     for tensor in proto.graph.initializer:
-        value = values.get(tensor.name)
-        if value is None:
-            value = onnx.numpy_helper.to_array(tensor)
-        else:
-            tensor = onnx.numpy_helper.from_array(value, tensor.name)
+        value = onnx.numpy_helper.to_array(tensor)
         digest = hashlib.sha256(value.tobytes()).digest()
         content = value.dtype.str, value.shape, digest
         if first.setdefault(content, tensor.name) == tensor.name:

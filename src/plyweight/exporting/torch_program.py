@@ -11,7 +11,7 @@ from torch import nn
 from plyweight.artifact import Source, publish_atomically
 from plyweight.engine.session import first_line
 from plyweight.errors import LayeringError
-from plyweight.graph.examples import Batch, batches_of, dynamic_shapes
+from plyweight.graph.examples import Batch, batches_of, dynamic_shapes, two_or_more
 from plyweight.loading.verbs import load
 
 __all__ = ["write_program"]
@@ -37,8 +37,7 @@ def write_program(
     loaded = load(source, model, bit_width=bit_width)
     batch = batches_of(loaded, example_inputs)[0]
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    # A dimension of length 1 would be taken for one that always has it.
-    batch = tuple(item.repeat(2, *[1] * (item.dim() - 1)).to(device) for item in batch)
+    batch = tuple(two_or_more(item).to(device) for item in batch)
     try:
         program = torch.export.export(
             loaded, batch, dynamic_shapes=tuple(dynamic_shapes([batch])), strict=False

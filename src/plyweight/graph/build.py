@@ -14,13 +14,13 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import onnxruntime
 from onnxscript.optimizer import fold_constants
-from torch import Tensor, nn
+from torch import nn
 
 from plyweight.artifact import ArtifactReader, Graph, Model, Module, Port, Quantizer
 from plyweight.engine.values import SlotValues
 from plyweight.errors import LayeringError, listed
 from plyweight.graph.edges import Edge, insert_edges, readers_of
-from plyweight.graph.examples import Batch, batches_of, dynamic_shapes, input_names
+from plyweight.graph.examples import Batch, batches_of, dynamic_shapes, input_names, two_or_more
 from plyweight.graph.marks import (
     Bounds,
     bounds_of,
@@ -225,7 +225,7 @@ class Plan:
 
 def _export(skeleton: GraphSkeleton, batches: Sequence[Batch]) -> ir.Model:
     """The float network as a small clean ONNX graph; parameters have no values in it."""
-    example = tuple(_two_or_more(item) for item in batches[0])
+    example = tuple(two_or_more(item) for item in batches[0])
     model: ir.Model = skeleton.export(example, dynamic_shapes(batches))
     _name_ports(model, input_names(skeleton.model, len(example)))
     for name, value in list(model.graph.initializers.items()):
@@ -245,11 +245,6 @@ def _mark_outputs(model: ir.Model, skeleton: GraphSkeleton) -> None:
         key = skeleton.outputs.get(scopes_of(node)[-1])
         if node.op_type == "Identity" and key is not None:
             mark(node, 0, key, name=f"{node.outputs[0].name}/output")
-
-
-def _two_or_more(item: Tensor) -> Tensor:
-    """torch.export takes a dimension of length 1 for one that always has it."""
-    return item if len(item) > 1 else item.repeat(2, *[1] * (item.dim() - 1))
 
 
 def _name_ports(model: ir.Model, inputs: Sequence[str]) -> None:

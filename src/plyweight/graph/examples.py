@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from plyweight.errors import LayeringError
 
-__all__ = ["Batch", "batches_of", "dynamic_shapes", "input_names"]
+__all__ = ["Batch", "batches_of", "dynamic_shapes", "input_names", "two_or_more"]
 
 Batch = tuple[Tensor, ...]  # the arguments of the model's forward
 
@@ -71,6 +71,11 @@ def input_names(model: nn.Module, num_inputs: int) -> list[str]:
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     names += [f"input_{index}" for index in range(len(names), num_inputs)]  # of *args
     return names[:num_inputs]
+
+
+def two_or_more(item: Tensor) -> Tensor:
+    """torch.export takes a dimension of length 1 for one that always has it."""
+    return item if len(item) > 1 else item.repeat(2, *[1] * (item.dim() - 1))
 
 
 def _num_required(model: nn.Module) -> int:
