@@ -25,10 +25,6 @@ struct Register {
     static Register select(Register mask, Register a, Register b) {
         return {_mm512_ternarylogic_epi32(mask.bits, a.bits, b.bits, 0xca)};
     }
-    Register plus_one_below_128() const {
-        const __mmask64 below = _mm512_testn_epi8_mask(bits, _mm512_set1_epi8(-128));
-        return {_mm512_mask_add_epi8(bits, below, bits, _mm512_set1_epi8(1))};
-    }
 };
 
 // Four codes of one row for every row of the weight.
@@ -38,9 +34,59 @@ inline __m512i four(const std::int8_t* x) {
     return _mm512_set1_epi32(word);
 }
 
+// 16 x 16 floats, rows to columns: neighbours first, then pairs, then quarters of a register.
+inline void transpose(__m512* r) {
+    __m512 t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        const auto pair = [&](int k) { return _mm512_castps_pd(t[i + k]); };
+        r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair(0), pair(2)));
+        r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair(0), pair(2)));
+        r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair(1), pair(3)));
+        r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair(1), pair(3)));
+    }
+    for (int i = 0; i < 4; ++i) {
+        // Column i of each quarter, of rows 0 to 7 and of rows 8 to 15.
+        const __m512 a = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
+        const __m512 b = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
+        const __m512 c = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+        const __m512 d = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+        t[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+        t[8 + i] = _mm512_shuffle_f32x4(a, c, 0xdd);
+        t[4 + i] = _mm512_shuffle_f32x4(b, d, 0x88);
+        t[12 + i] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
 struct Isa {
     using Bits = Register;
     static constexpr std::int32_t kBias = 128;
+
+    static void tile_scales(const ProductJob& job, std::size_t tile, float* scales) {
+        const std::size_t rows = smaller(kTileRows, job.out - tile * kTileRows);
+        const float* from = job.scale + tile * kTileRows * job.num_groups;
+        for (std::size_t group = 0; group < job.num_groups; group += 16) {
+            const std::size_t groups = smaller(16, job.num_groups - group);
+            const auto there = static_cast<__mmask16>((1u << groups) - 1);
+            for (std::size_t half = 0; half < kTileRows; half += 16) {
+                __m512 block[16];
+                for (std::size_t i = 0; i < 16; ++i) {
+                    const std::size_t row = half + i;
+                    block[i] = row < rows ? _mm512_maskz_loadu_ps(
+                                                there, from + row * job.num_groups + group)
+                                          : _mm512_setzero_ps();
+                }
+                transpose(block);
+                for (std::size_t i = 0; i < groups; ++i) {
+                    _mm512_storeu_ps(scales + (group + i) * kTileRows + half, block[i]);
+                }
+            }
+        }
+    }
 
     template <int rows>
     static void dot(const std::uint8_t* w, std::size_t quads, const std::int8_t* x,
@@ -130,7 +176,7 @@ struct LineSums<1> {
     void clear() {
         for (__m512i& s : sum) s = _mm512_setzero_si512();
     }
-    void add(const Register* planes, const std::int8_t* x) {
+    void add(Register* planes, const std::int8_t* x) {
         for (int quad = 0; quad < 4; ++quad) {
             const __m512i codes = four(x + 4 * quad);
             for (int place = quad; place < 8; place += 4) {
@@ -155,7 +201,7 @@ struct LineSums<2> {
     void clear() {
         for (auto& place : sum) place[0] = place[1] = _mm512_setzero_si512();
     }
-    void add(const Register* planes, const std::int8_t* x) {
+    void add(Register* planes, const std::int8_t* x) {
         Register found[2];
         pairs(planes[0], planes[1], found[1], found[0]);
         for (int quad = 0; quad < 4; ++quad) {
@@ -184,7 +230,7 @@ struct LineSums<bits> {
     void clear() {
         for (int i = 0; i < 4; ++i) whole[i] = low[i] = _mm512_setzero_si512();
     }
-    void add(const Register* planes, const std::int8_t* x) {
+    void add(Register* planes, const std::int8_t* x) {
         Register quads[4];
         nibbles<bits>(planes, quads);
         for (int quad = 0; quad < 4; ++quad) {
@@ -212,7 +258,7 @@ struct LineSums<bits> {
             for (__m512i& s : half) s = _mm512_setzero_si512();
         }
     }
-    void add(const Register* planes, const std::int8_t* x) {
+    void add(Register* planes, const std::int8_t* x) {
         Register halves[2][4];
         codes<bits>(planes, halves);
         for (int quad = 0; quad < 4; ++quad) {
@@ -240,7 +286,7 @@ struct RowsSums {
             }
         }
     }
-    void add(const Register* planes, const std::int8_t* x) {
+    void add(Register* planes, const std::int8_t* x) {
         Register halves[2][4];
         codes<bits>(planes, halves);
         for (int quad = 0; quad < 4; ++quad) {
@@ -331,7 +377,7 @@ void int8_tiles(const ProductJob& job, std::size_t begin, std::size_t end, float
     if (job.m > 4) return int8_tiles_of<Isa>(job, begin, end, scratch);
     const Scratch own(job, scratch);
     for (std::size_t tile = begin; tile < end; ++tile) {
-        tile_scales(job, tile, own.scales);
+        Isa::tile_scales(job, tile, own.scales);
         switch (job.m) {
             case 1: fused<1>(job, tile, own.scales); break;
             case 2: fused<2>(job, tile, own.scales); break;

@@ -62,10 +62,23 @@ inline void nibbles(const Bits* planes, Bits* quads) {
     }
 }
 
-// The codes of every half and quad, at the top of bytes; below `bits`, zeros. At 8 bits those below
-// 128 are one higher, as levels + 128 are.
+// Adds one to the codes below 128, of eight planes: levels + 128 (layout.hpp). Bits of 8 times as many
+// codes as a register has bytes are added at once, with a carry that goes up from plane to plane.
+template <class Bits>
+inline void add_negative(Bits* planes) {
+    Bits carry = planes[0] ^ Bits::fill(0xff);
+    for (int p = 7; p > 0; --p) {
+        const Bits sum = planes[p] ^ carry;
+        carry = planes[p] & carry;
+        planes[p] = sum;
+    }
+    planes[0] = planes[0] ^ carry;
+}
+
+// The codes of every half and quad, at the top of bytes; below `bits`, zeros. At 8 bits levels + 128.
 template <int bits, class Bits>
-inline void codes(const Bits* planes, Bits (*halves)[4]) {
+inline void codes(Bits* planes, Bits (*halves)[4]) {
+    if constexpr (bits == 8) add_negative(planes);
     const Bits high = Bits::fill(0xf0);
     Bits tops[4];
     nibbles<(bits < 4 ? bits : 4)>(planes, tops);
@@ -80,10 +93,6 @@ inline void codes(const Bits* planes, Bits (*halves)[4]) {
         for (int quad = 0; quad < 4; ++quad) {
             halves[1][quad] = Bits::select(high, tops[quad], lows[quad] >> 4);
             halves[0][quad] = Bits::select(high, tops[quad] << 4, lows[quad]);
-            if constexpr (bits == 8) {
-                halves[1][quad] = halves[1][quad].plus_one_below_128();
-                halves[0][quad] = halves[0][quad].plus_one_below_128();
-            }
         }
     }
 }

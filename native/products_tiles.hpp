@@ -4,6 +4,7 @@
 // `Isa` is what a variant has of its own:
 //     Bits                         registers to decode with (products_decode.hpp)
 //     kBias                        of the bytes that `dot` takes: level + kBias, 0 or 128
+//     tile_scales(job, tile, scales)             scales of a tile, (groups, 32)
 //     dot<rows>(w, quads, x, sums, first)        sums (rows, 32) of bytes w, codes x: int32
 //     float_dot<rows>(w, quads, x, sums, first)  the same of levels w and floats x
 // which start from zero at the first of several calls, and else add to the sums.
@@ -37,13 +38,13 @@ inline void with_rows(std::size_t rows, Visit visit) {
     }
 }
 
-// What follows the same steps for every variant: scales of a tile, (groups, 32), zeros for rows that
-// there are not.
-inline void tile_scales(const ProductJob& job, std::size_t tile, float* scales) {
+// Scales of a tile, (groups, 32), zeros for rows that there are not: what a variant has without a way
+// of its own. Stores jump, so that loads do not: they would miss the cache.
+inline void tile_scales_by_row(const ProductJob& job, std::size_t tile, float* scales) {
     const std::size_t rows = smaller(kTileRows, job.out - tile * kTileRows);
     const float* from = job.scale + tile * kTileRows * job.num_groups;
-    for (std::size_t group = 0; group < job.num_groups; ++group) {
-        for (std::size_t row = 0; row < kTileRows; ++row) {
+    for (std::size_t row = 0; row < kTileRows; ++row) {
+        for (std::size_t group = 0; group < job.num_groups; ++group) {
             scales[group * kTileRows + row] = row < rows ? from[row * job.num_groups + group] : 0.0f;
         }
     }
@@ -153,7 +154,7 @@ template <class Isa>
 inline void int8_tiles_of(const ProductJob& job, std::size_t begin, std::size_t end, float* scratch) {
     const Scratch own(job, scratch);
     for (std::size_t tile = begin; tile < end; ++tile) {
-        tile_scales(job, tile, own.scales);
+        Isa::tile_scales(job, tile, own.scales);
         int8_tile<Isa>(job, tile, own.scales, own.y, reinterpret_cast<std::int32_t*>(own.sums));
     }
 }
@@ -163,7 +164,7 @@ inline void float_tiles_of(const ProductJob& job, std::size_t begin, std::size_t
                            float* scratch) {
     const Scratch own(job, scratch);
     for (std::size_t tile = begin; tile < end; ++tile) {
-        tile_scales(job, tile, own.scales);
+        Isa::tile_scales(job, tile, own.scales);
         float_tile<Isa>(job, tile, own.scales, own.y, own.sums);
     }
 }
