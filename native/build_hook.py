@@ -35,8 +35,8 @@ NOTE = "_native_missing.txt"  # why there is no library; plyweight.native reads 
 
 MODE = "PLYWEIGHT_NATIVE"
 MODES = ("auto", "require", "skip")
-NANOBIND = "nanobind>=2.10"
-CMAKE = "cmake>=3.18"
+NANOBIND = "nanobind>=3"  # the series checked
+CMAKE = "cmake>=3.18"  # as native/CMakeLists.txt asks
 NINJA = "ninja>=1.10"
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -162,11 +162,12 @@ class NativeBuildHook(BuildHookInterface[Any]):
             if wanted == "require":
                 raise SystemExit(f"the native library is required ({MODE}), but {error}") from error
             self.app.display_warning(f"without the native library: {error}")
-            (PACKAGE / LIBRARY).unlink(missing_ok=True)  # of other sources, by now
-            note = PACKAGE / NOTE if is_editable else folder / NOTE
-            note.write_text(f"{error}\n")
-            if not is_editable:
-                build_data["force_include"][str(note)] = f"plyweight/{NOTE}"
+            if is_editable:
+                (PACKAGE / LIBRARY).unlink(missing_ok=True)  # of other sources, by now
+                (PACKAGE / NOTE).write_text(f"{error}\n")
+            else:
+                (folder / NOTE).write_text(f"{error}\n")
+                build_data["force_include"][str(folder / NOTE)] = f"plyweight/{NOTE}"
             return
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
