@@ -123,11 +123,20 @@ def _run(command: list[str]) -> None:
         )
     except OSError as error:
         raise NotBuiltError(f"{command[0]} cannot be run ({error})") from error
-    print(done.stdout)
+    print(done.stdout)  # pip shows it with -v
     if done.returncode:
-        lines = [line.strip() for line in done.stdout.splitlines() if "rror" in line]
-        said = lines[0] if lines else f"exit code {done.returncode}"
-        raise NotBuiltError(f"`{' '.join(command[:2])}` failed: {said}")
+        raise NotBuiltError(f"`{' '.join(command[:2])}` failed: {_complaint(done.stdout)}")
+
+
+def _complaint(output: str) -> str:
+    """The first error in what CMake or a compiler said, as one line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for index, line in enumerate(lines):
+        if line.startswith("CMake Error"):  # its place; the sentence comes in the lines below
+            return " ".join(lines[index + 1 : index + 4]) or line
+        if "error:" in line:
+            return line
+    return lines[-1] if lines else "it said nothing"
 
 
 def place(library: Path) -> Path:

@@ -55,6 +55,17 @@ def test_what_compiling_needs_is_fetched_where_it_is_missing(monkeypatch, tmp_pa
     assert [r.partition(">")[0] for r in HOOK["requirements"]()] == ["nanobind"]
 
 
+def test_what_went_wrong_is_told_in_one_line():
+    complaint = HOOK["_complaint"]
+    assert complaint("a.cpp: In function f:\na.cpp:3:1: error: no g\nmake: failed\n") == (
+        "a.cpp:3:1: error: no g"
+    )
+    said = "-- fine\nCMake Error at x.cmake:3 (message):\n  It\n\n  is\n\n  broken.\n\nCall Stack\n"
+    assert complaint(said) == "It is broken."
+    assert complaint("one\ntwo\n") == "two"
+    assert complaint("") == "it said nothing"
+
+
 def test_the_digest_is_of_every_source(tmp_path):
     assert HOOK["sources_digest"]() == HOOK["sources_digest"]()
     names = {path.name for path in HOOK["SOURCES"].iterdir()}
@@ -67,7 +78,7 @@ def test_the_digest_is_of_every_source(tmp_path):
     ("environment", "reason"),
     [
         (NO_COMPILER, "CXX names /nonexistent/c++, which is not there"),
-        ({"CXX": "false"}, "`cmake -S` failed: "),
+        ({"CXX": "false"}, "`cmake -S` failed: The C++ compiler "),
         ({"PLYWEIGHT_NATIVE": "skip"}, "it was installed with PLYWEIGHT_NATIVE=skip"),
     ],
     ids=["no compiler", "a compiler that fails", "not wanted"],
