@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <cstring>
 #include <new>
-#include <utility>
+#include <stdexcept>
+#include <string>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -98,37 +99,56 @@ Lines::~Lines() {
     ::operator delete(data_, std::align_val_t{kLineBytes});
 }
 
-Lines::Lines(Lines&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
-
 PlaneMatrix::PlaneMatrix(std::size_t out, std::size_t in, std::size_t group_size)
-    : out_(out), in_(in), group_size_(group_size == 0 ? in : std::min(group_size, in)) {
-    planes_.reserve(kMaxBits);
-}
+    : out_(out), in_(in), group_size_(group_size == 0 ? in : std::min(group_size, in)) {}
 
 std::size_t PlaneMatrix::row_blocks() const {
     const std::size_t last = in_ - (num_groups() - 1) * group_size_;
     return (num_groups() - 1) * group_blocks() + (last + kBlockInputs - 1) / kBlockInputs;
 }
 
+int PlaneMatrix::num_planes() const {
+    const std::lock_guard<std::mutex> lock(access_);
+    return num_planes_;
+}
+
 std::size_t PlaneMatrix::nbytes() const {
-    std::size_t sum = 0;
-    for (const Lines& plane : planes_) sum += plane.bytes();
-    return sum;
+    return static_cast<std::size_t>(num_planes()) * plane_bytes();
+}
+
+HeldPlanes PlaneMatrix::planes(int count) const {
+    const std::lock_guard<std::mutex> lock(access_);
+    if (count > num_planes_) {
+        throw std::invalid_argument(std::to_string(count) + " planes were asked for; " +
+                                    std::to_string(num_planes_) + " are held");
+    }
+    HeldPlanes held;
+    std::copy_n(planes_.begin(), count, held.begin());
+    return held;
+}
+
+void PlaneMatrix::drop_plane() {
+    const std::lock_guard<std::mutex> change(changing_);
+    const std::lock_guard<std::mutex> lock(access_);
+    if (num_planes_ == 0) throw std::invalid_argument("there is no plane to drop");
+    planes_[static_cast<std::size_t>(--num_planes_)].reset();
 }
 
 void PlaneMatrix::add_plane(const std::uint8_t* wire) {
-    const std::size_t wire_bytes = (out_ * in_ + 7) / 8, blocks = row_blocks();
-    Lines plane(num_tiles() * blocks * kLineBytes);
+    const std::lock_guard<std::mutex> change(changing_);
+    const int index = num_planes();
+    if (index == kMaxBits) throw std::invalid_argument("8 planes are held; a code has no more bits");
+    const auto plane = std::make_shared<const Lines>(plane_bytes());
+    const std::size_t blocks = row_blocks();
     for (std::size_t tile = 0; tile < num_tiles(); ++tile) {
         const std::size_t rows = std::min(kTileRows, out_ - tile * kTileRows);
         for_each_run(*this, [&](std::size_t input, std::size_t inputs, std::size_t block) {
             std::uint64_t nibbles[kTileRows] = {};
             for (std::size_t row = 0; row < rows; ++row) {
                 const std::size_t place = (tile * kTileRows + row) * in_ + input;
-                nibbles[row] = transposed(lowest(bits_at(wire, wire_bytes, place), inputs));
+                nibbles[row] = transposed(lowest(bits_at(wire, wire_bytes(), place), inputs));
             }
-            std::uint8_t* line = plane.data() + (tile * blocks + block) * kLineBytes;
+            std::uint8_t* line = plane->data() + (tile * blocks + block) * kLineBytes;
             for (std::size_t i = 0; 16 * i < inputs; ++i, line += kLineBytes) {
                 for (std::size_t l = 0; l < 16; ++l) {
                     const auto low = static_cast<std::uint32_t>(nibbles[l] >> 16 * i & 0xffff);
@@ -139,27 +159,30 @@ void PlaneMatrix::add_plane(const std::uint8_t* wire) {
         });
     }
     // The sign is held inverted, and magnitude bits xor the sign.
-    const std::uint8_t* positive = planes_.empty() ? nullptr : planes_[0].data();
-    for (std::size_t i = 0; i < plane.bytes(); ++i) {
+    const std::uint8_t* positive = index == 0 ? nullptr : planes(1)[0]->data();
+    for (std::size_t i = 0; i < plane->bytes(); ++i) {
         const int flip = positive == nullptr ? 0xff : ~positive[i];
-        plane.data()[i] = static_cast<std::uint8_t>(plane.data()[i] ^ flip);
+        plane->data()[i] = static_cast<std::uint8_t>(plane->data()[i] ^ flip);
     }
-    planes_.push_back(std::move(plane));
+    const std::lock_guard<std::mutex> lock(access_);
+    planes_[static_cast<std::size_t>(num_planes_++)] = plane;
 }
 
-void PlaneMatrix::copy_plane(std::size_t index, std::uint8_t* wire) const {
-    const std::size_t wire_bytes = (out_ * in_ + 7) / 8, blocks = row_blocks();
-    std::memset(wire, 0, wire_bytes);
+void PlaneMatrix::copy_plane(int index, std::uint8_t* wire) const {
+    const HeldPlanes held = planes(index + 1);
+    const std::uint8_t* positive = held[0]->data();
+    const std::uint8_t* lines = held[static_cast<std::size_t>(index)]->data();
+    const std::size_t blocks = row_blocks();
+    std::memset(wire, 0, wire_bytes());
     for (std::size_t tile = 0; tile < num_tiles(); ++tile) {
         const std::size_t rows = std::min(kTileRows, out_ - tile * kTileRows);
         for_each_run(*this, [&](std::size_t input, std::size_t inputs, std::size_t block) {
             std::uint64_t nibbles[kTileRows] = {};
             for (std::size_t i = 0; 16 * i < inputs; ++i) {
-                const std::size_t line = (tile * blocks + block + i) * kLineBytes;
                 for (std::size_t l = 0; l < 16; ++l) {
-                    const std::uint32_t positive = load(planes_[0].data() + line + 4 * l);
-                    const std::uint32_t held = load(planes_[index].data() + line + 4 * l);
-                    const std::uint32_t bits = index == 0 ? ~held : held ^ ~positive;
+                    const std::size_t at = (tile * blocks + block + i) * kLineBytes + 4 * l;
+                    const std::uint32_t flip = index == 0 ? 0 : load(positive + at);
+                    const std::uint32_t bits = ~(load(lines + at) ^ flip);
                     nibbles[l] |= std::uint64_t{gathered(bits)} << 16 * i;
                     nibbles[16 + l] |= std::uint64_t{gathered(bits >> 4)} << 16 * i;
                 }

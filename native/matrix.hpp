@@ -3,7 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <array>
+#include <memory>
+#include <mutex>
 
 #include "layout.hpp"
 
@@ -15,8 +17,8 @@ class Lines {
 public:
     explicit Lines(std::size_t bytes);
     ~Lines();
-    Lines(Lines&& other) noexcept;
-    Lines& operator=(Lines&&) = delete;
+    Lines(const Lines&) = delete;
+    Lines& operator=(const Lines&) = delete;
 
     std::uint8_t* data() const { return data_; }
     std::size_t bytes() const { return bytes_; }
@@ -26,6 +28,10 @@ private:
     std::size_t bytes_;
 };
 
+// The first planes of a matrix, for as long as who computes with them holds them.
+using HeldPlanes = std::array<std::shared_ptr<const Lines>, kMaxBits>;
+
+// May be used by several threads at once: what computes keeps the planes it began with.
 class PlaneMatrix {
 public:
     // group_size: inputs that share a scale; 0 for all.
@@ -39,20 +45,28 @@ public:
     // Of a row, in blocks: those of the last group stop with the last input.
     std::size_t row_blocks() const;
     std::size_t num_tiles() const { return (out_ + kTileRows - 1) / kTileRows; }
+    std::size_t wire_bytes() const { return (out_ * in_ + 7) / 8; }
 
-    std::size_t num_planes() const { return planes_.size(); }
+    int num_planes() const;
     std::size_t nbytes() const;
-    const std::uint8_t* plane_data(std::size_t index) const { return planes_[index].data(); }
 
-    // The next plane, in the wire layout: (out * in + 7) / 8 bytes.
+    // The next plane, in the wire layout: wire_bytes(). Throws std::invalid_argument at the ninth.
     void add_plane(const std::uint8_t* wire);
-    void drop_plane() { planes_.pop_back(); }
+    // Throws std::invalid_argument if there is none.
+    void drop_plane();
+    // The first `count`. Throws std::invalid_argument if fewer are held.
+    HeldPlanes planes(int count) const;
     // Plane `index` in the wire layout again, byte for byte.
-    void copy_plane(std::size_t index, std::uint8_t* wire) const;
+    void copy_plane(int index, std::uint8_t* wire) const;
 
 private:
+    std::size_t plane_bytes() const { return num_tiles() * row_blocks() * kLineBytes; }
+
     std::size_t out_, in_, group_size_;
-    std::vector<Lines> planes_;
+    std::mutex changing_;        // held by who adds or drops, from the beginning to the end
+    mutable std::mutex access_;  // held for as long as the two below are looked at
+    HeldPlanes planes_;
+    int num_planes_ = 0;
 };
 
 }  // namespace plyweight

@@ -113,9 +113,9 @@ void parallel(std::size_t num_units, int num_threads, Body body) {
     run_parallel(work, num_units, num_threads);
 }
 
-ProductJob job_of(const PlaneMatrix& matrix, int bits) {
+ProductJob job_of(const PlaneMatrix& matrix, const HeldPlanes& planes, int bits) {
     ProductJob job{};
-    for (int i = 0; i < bits; ++i) job.planes[i] = matrix.plane_data(static_cast<std::size_t>(i));
+    for (std::size_t i = 0; i < static_cast<std::size_t>(bits); ++i) job.planes[i] = planes[i]->data();
     job.bits = bits;
     job.out = matrix.out();
     job.in = matrix.in();
@@ -132,7 +132,8 @@ void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const flo
              Mode mode, Variant variant, int num_threads, float* y) {
     if (m == 0) return;
     const Functions functions = functions_of(variant);
-    ProductJob job = job_of(matrix, bits);
+    const HeldPlanes planes = matrix.planes(bits);
+    ProductJob job = job_of(matrix, planes, bits);
     job.scale = scale;
     job.m = m;
     job.y = y;
@@ -180,7 +181,8 @@ void levels(const PlaneMatrix& matrix, int bits, std::size_t begin, std::size_t 
             int num_threads, std::int8_t* out) {
     if (begin == end) return;
     const Functions functions = functions_of(variant);
-    const ProductJob job = job_of(matrix, bits);
+    const HeldPlanes planes = matrix.planes(bits);
+    const ProductJob job = job_of(matrix, planes, bits);
     const std::size_t inputs = job.row_blocks * kBlockInputs;
     const std::size_t first_tile = begin / kTileRows;
     const std::size_t num_tiles = (end + kTileRows - 1) / kTileRows - first_tile;

@@ -11,8 +11,10 @@ namespace plyweight {
 
 enum class Mode { int8, floating };
 
-// y (m, out) = x (m, in) times the weight at `bits`. `scale` is (out, groups). All in C order; sizes
-// are the caller's word. The result does not depend on num_threads.
+// Both throw std::invalid_argument if fewer planes are held; other sizes are the caller's word.
+
+// y (m, out) = x (m, in) times the weight at `bits`. `scale` is (out, groups). All in C order. A
+// row of the result depends on its row of x alone, and not on num_threads.
 void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const float* scale, int bits,
              Mode mode, Variant variant, int num_threads, float* y);
 

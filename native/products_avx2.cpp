@@ -69,35 +69,40 @@ struct Isa {
     template <int rows>
     static void float_dot(const std::uint8_t* w, std::size_t quads, const float* x, float* sums,
                           bool first) {
-        // Of the four inputs in each place, q has sums of its own as long as there are registers: a
-        // sum waits for the one before it.
-        constexpr int ways = rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
         for (std::size_t part = 0; part < 4; ++part) {
-            __m256 sum[ways][rows];
-            for (int way = 0; way < ways; ++way) {
-                for (int row = 0; row < rows; ++row) {
-                    sum[way][row] = first || way > 0 ? _mm256_setzero_ps()
-                                                     : _mm256_loadu_ps(sums + row * 32 + part * 8);
+            float_rows<rows, 0>(w, quads, x, sums, first, part);
+            if constexpr (rows > 4) float_rows<rows, 4>(w, quads, x, sums, first, part);
+        }
+    }
+
+    // Rows `begin` and up to three more. Even and odd inputs have sums of their own, for a sum waits
+    // for the one before it; that is so for any number of rows, which would differ else.
+    template <int rows, int begin>
+    static void float_rows(const std::uint8_t* w, std::size_t quads, const float* x, float* sums,
+                           bool first, std::size_t part) {
+        constexpr int count = rows - begin < 4 ? rows - begin : 4;
+        const auto at = [&](int row) {
+            return sums + static_cast<std::size_t>(begin + row) * kTileRows + part * 8;
+        };
+        __m256 sum[2][count];
+        for (int row = 0; row < count; ++row) {
+            sum[0][row] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(at(row));
+            sum[1][row] = _mm256_setzero_ps();
+        }
+        for (std::size_t quad = 0; quad < quads; ++quad) {
+            const __m256i words = _mm256_load_si256(
+                reinterpret_cast<const __m256i*>(w + quad * 2 * kLineBytes) + part);
+            for (int q = 0; q < 4; ++q, x += rows) {
+                const __m256i top = _mm256_slli_epi32(words, 24 - 8 * q);
+                const __m256 level = _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
+                for (int row = 0; row < count; ++row) {
+                    __m256& to = sum[q % 2][row];
+                    to = _mm256_fmadd_ps(level, _mm256_set1_ps(x[begin + row]), to);
                 }
             }
-            const float* value = x;
-            for (std::size_t quad = 0; quad < quads; ++quad) {
-                const __m256i words = _mm256_load_si256(
-                    reinterpret_cast<const __m256i*>(w + quad * 2 * kLineBytes) + part);
-                for (int q = 0; q < 4; ++q, value += rows) {
-                    const __m256i top = _mm256_slli_epi32(words, 24 - 8 * q);
-                    const __m256 level = _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
-                    for (int row = 0; row < rows; ++row) {
-                        __m256& to = sum[q % ways][row];
-                        to = _mm256_fmadd_ps(level, _mm256_set1_ps(value[row]), to);
-                    }
-                }
-            }
-            for (int row = 0; row < rows; ++row) {
-                __m256 all = sum[0][row];
-                for (int way = 1; way < ways; ++way) all = _mm256_add_ps(all, sum[way][row]);
-                _mm256_storeu_ps(sums + row * 32 + part * 8, all);
-            }
+        }
+        for (int row = 0; row < count; ++row) {
+            _mm256_storeu_ps(at(row), _mm256_add_ps(sum[0][row], sum[1][row]));
         }
     }
 };

@@ -113,20 +113,25 @@ struct Isa {
         }
     }
 
-    // Of the four inputs in each place, q has sums of its own as long as there are registers: a sum
-    // waits for the one before it.
     template <int rows>
     static void float_dot(const std::uint8_t* w, std::size_t quads, const float* x, float* sums,
                           bool first) {
-        constexpr int ways = rows == 1 ? 4 : rows == 2 ? 2 : 1;
-        __m512 sum[ways][rows][2];
-        for (int way = 0; way < ways; ++way) {
-            for (int row = 0; row < rows; ++row) {
-                for (int half = 0; half < 2; ++half) {
-                    sum[way][row][half] = first || way > 0
-                                              ? _mm512_setzero_ps()
-                                              : _mm512_loadu_ps(sums + row * 32 + half * 16);
-                }
+        float_rows<rows, 0>(w, quads, x, sums, first);
+        if constexpr (rows > 4) float_rows<rows, 4>(w, quads, x, sums, first);
+    }
+
+    // Rows `begin` and up to three more. Even and odd inputs have sums of their own, for a sum waits
+    // for the one before it; that is so for any number of rows, which would differ else.
+    template <int rows, int begin>
+    static void float_rows(const std::uint8_t* w, std::size_t quads, const float* x, float* sums,
+                           bool first) {
+        constexpr int count = rows - begin < 4 ? rows - begin : 4;
+        __m512 sum[2][count][2];
+        for (int row = 0; row < count; ++row) {
+            for (int half = 0; half < 2; ++half) {
+                sum[0][row][half] = first ? _mm512_setzero_ps()
+                                          : _mm512_loadu_ps(sums + (begin + row) * 32 + half * 16);
+                sum[1][row][half] = _mm512_setzero_ps();
             }
         }
         for (std::size_t quad = 0; quad < quads; ++quad, w += 2 * kLineBytes, x += 4 * rows) {
@@ -138,22 +143,19 @@ struct Isa {
                         _mm512_slli_epi32(words[half], static_cast<unsigned>(24 - 8 * q));
                     level[half] = _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));
                 }
-                for (int row = 0; row < rows; ++row) {
-                    const __m512 value = _mm512_set1_ps(x[q * rows + row]);
+                for (int row = 0; row < count; ++row) {
+                    const __m512 value = _mm512_set1_ps(x[q * rows + begin + row]);
                     for (int half = 0; half < 2; ++half) {
-                        __m512& to = sum[q % ways][row][half];
+                        __m512& to = sum[q % 2][row][half];
                         to = _mm512_fmadd_ps(level[half], value, to);
                     }
                 }
             }
         }
-        for (int row = 0; row < rows; ++row) {
+        for (int row = 0; row < count; ++row) {
             for (int half = 0; half < 2; ++half) {
-                __m512 all = sum[0][row][half];
-                for (int way = 1; way < ways; ++way) {
-                    all = _mm512_add_ps(all, sum[way][row][half]);
-                }
-                _mm512_storeu_ps(sums + row * 32 + half * 16, all);
+                _mm512_storeu_ps(sums + (begin + row) * 32 + half * 16,
+                                 _mm512_add_ps(sum[0][row][half], sum[1][row][half]));
             }
         }
     }
