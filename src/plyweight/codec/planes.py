@@ -7,8 +7,9 @@ A ``B``-bit code is ``B`` planes, most significant (the sign) first, so the firs
 
 Everything an artifact promises rests on that line.
 
-Each direction is written twice: as a definition (``*_reference``), and for numpy once more in
-blocks that stay in a core's cache, which is what ``to_planes`` and ``from_planes`` run.
+Each direction is written three times: as a definition (``*_reference``), for numpy once more in
+blocks that stay in a core's cache, and in the native library, which is what ``to_planes`` and
+``from_planes`` run where it was built (:mod:`plyweight.native` chooses, and says why).
 
 Shapes: codes ``(*shape)`` uint8; planes ``(B, ceil(numel / 8))`` uint8, eight weights to a byte
 in C order, the first weight in the lowest bit; only the last byte is padded, with zeros.
@@ -20,6 +21,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from plyweight import native
 
 __all__ = [
     "from_planes",
@@ -39,13 +42,34 @@ def plane_bytes(shape: tuple[int, ...]) -> int:
     return (prod(shape) + 7) // 8
 
 
-def to_planes(codes: NDArray[np.uint8], bit_width: int) -> NDArray[np.uint8]:
+def to_planes(
+    codes: NDArray[np.uint8], bit_width: int, *, kernel: str = "auto"
+) -> NDArray[np.uint8]:
     """Cut ``bit_width``-bit ``codes`` into packed planes, most significant first.
+
+    Args:
+        codes: uint8 of any shape.
+        bit_width: how many planes; 1 to 8.
+        kernel: "auto", or one of ``native.KERNELS``, which is then a demand.
 
     Raises:
         ValueError: If a code does not fit in ``bit_width`` bits.
+        KernelError: If the kernel that is demanded does not run here.
     """
-    _check_codes(codes, bit_width)
+    variant = native.choose(kernel).variant
+    if variant is None:
+        return _to_planes_in_numpy(codes, bit_width)
+    _check_kind(codes, bit_width)
+    flat = np.ascontiguousarray(codes).reshape(-1)
+    planes = np.empty((bit_width, plane_bytes(flat.shape)), np.uint8)
+    if native.library().pack_planes(flat, planes, variant) >> bit_width:  # of all codes, or-ed
+        _check_fit(codes, bit_width)
+    return planes
+
+
+def _to_planes_in_numpy(codes: NDArray[np.uint8], bit_width: int) -> NDArray[np.uint8]:
+    _check_kind(codes, bit_width)
+    _check_fit(codes, bit_width)
     flat = codes.reshape(-1)
     planes = np.empty((bit_width, plane_bytes(flat.shape)), np.uint8)
     scratch = np.empty(min(len(flat), 8 * BLOCK_BYTES), np.uint8)
@@ -61,30 +85,45 @@ def to_planes(codes: NDArray[np.uint8], bit_width: int) -> NDArray[np.uint8]:
 
 def to_planes_reference(codes: NDArray[np.uint8], bit_width: int) -> NDArray[np.uint8]:
     """The definition that :func:`to_planes` must equal."""
-    _check_codes(codes, bit_width)
+    _check_kind(codes, bit_width)
+    _check_fit(codes, bit_width)
     flat = codes.reshape(-1)
     rows = [np.packbits(flat >> s & 1, bitorder="little") for s in reversed(range(bit_width))]
     return np.stack(rows)
 
 
-def from_planes(planes: Iterable[Any], shape: tuple[int, ...]) -> Any:
+def from_planes(planes: Iterable[Any], shape: tuple[int, ...], *, kernel: str = "auto") -> Any:
     """Rebuild the codes of ``shape`` from their first planes; the inverse of :func:`to_planes`.
 
     Args:
         planes: rows of ``plane_bytes(shape)`` bytes, the most significant first; numpy arrays or
             torch tensors.
         shape: of the weight.
+        kernel: "auto", or one of ``native.KERNELS``, which is then a demand. Torch tensors are
+            always put together by the definition.
 
     Returns:
         uint8 codes of as many bits as there are planes, of the planes' own kind of array.
 
     Raises:
         ValueError: If there is no plane, more than 8, or one of the wrong length.
+        KernelError: If the kernel that is demanded does not run here.
     """
+    variant = native.choose(kernel).variant
     rows = list(planes)
     if not all(isinstance(row, np.ndarray) for row in rows):
         return from_planes_reference(rows, shape)
     _check_planes(rows, shape)
+    if variant is None:
+        return _from_planes_in_numpy(rows, shape)
+    codes = np.empty(prod(shape), np.uint8)
+    native.library().unpack_planes([np.ascontiguousarray(row) for row in rows], codes, variant)
+    return codes.reshape(shape)
+
+
+def _from_planes_in_numpy(
+    rows: Sequence[NDArray[np.uint8]], shape: tuple[int, ...]
+) -> NDArray[np.uint8]:
     codes = np.empty(8 * plane_bytes(shape), np.uint8)
     for start in range(0, plane_bytes(shape), BLOCK_BYTES):
         first, *others = (row[start : start + BLOCK_BYTES] for row in rows)
@@ -107,9 +146,14 @@ def from_planes_reference(planes: Iterable[Any], shape: tuple[int, ...]) -> Any:
     return codes[: prod(shape)].reshape(shape)
 
 
-def _check_codes(codes: NDArray[np.uint8], bit_width: int) -> None:
+def _check_kind(codes: NDArray[np.uint8], bit_width: int) -> None:
     if codes.dtype != np.uint8:
         raise ValueError(f"codes are {codes.dtype}; planes are cut from uint8 codes")
+    if not 1 <= bit_width <= 8:
+        raise ValueError(f"{bit_width} planes were asked for; a code has 1 to 8")
+
+
+def _check_fit(codes: NDArray[np.uint8], bit_width: int) -> None:
     if codes.size and int(codes.max()) >> bit_width:
         raise ValueError(f"a code of {int(codes.max())} does not fit in {bit_width} bits")
 
@@ -121,6 +165,8 @@ def _check_planes(rows: Sequence[Any], shape: tuple[int, ...]) -> None:
     for row in rows:
         if tuple(row.shape) != (wanted,):
             raise ValueError(f"a plane of shape {tuple(row.shape)}; {shape} needs ({wanted},)")
+        if isinstance(row, np.ndarray) and row.dtype != np.uint8:
+            raise ValueError(f"a plane is {row.dtype}; planes are uint8")
 
 
 def _unpack(row: Any) -> Any:

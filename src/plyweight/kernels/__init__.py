@@ -12,7 +12,7 @@ each faster kernel equals it, bit for bit in the mode "int8", within a stated bo
 """
 
 from plyweight.kernels.matrix import MAX_GROUP_INPUTS, MODES, Mode, PlaneMatrix
-from plyweight.kernels.picking import KERNELS, Kernel, Standing, pick, standings
+from plyweight.kernels.picking import KERNELS, Kernel, available, pick
 from plyweight.kernels.reference import ReferenceMatrix
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "Mode",
     "PlaneMatrix",
     "ReferenceMatrix",
-    "Standing",
+    "available",
     "pick",
-    "standings",
 ]

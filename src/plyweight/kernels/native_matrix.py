@@ -1,9 +1,7 @@
 """The native kernels: a plane matrix of ``plyweight._native``, in one of its variants.
 
-What this file asks of the native module, which trusts what it is given, for the border is in
-:class:`PlaneMatrix`:
+What this file asks of the native module, beside what :mod:`plyweight.native` does:
 
-    product_variants()            dict: each variant's name, and why it does not run here, or ""
     PlaneMatrix(out, in, group)   group 0 for none; no plane yet
       .add_plane(uint8 (bytes,))  in the wire layout, the next one; copied into the compute layout
       .drop_plane()               the last one; its memory goes back to the system
@@ -16,54 +14,37 @@ What this file asks of the native module, which trusts what it is given, for the
 It lets go of the GIL where it computes.
 """
 
-from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from plyweight.errors import KernelError
+from plyweight import native
 from plyweight.kernels.matrix import Mode, PlaneMatrix
 
-__all__ = ["VARIANTS", "NativeMatrix", "variants_missing"]
+if TYPE_CHECKING:
+    from plyweight._native import Variant
 
-VARIANTS = ("avx512", "avx2", "neon", "portable")
-
-
-def _module() -> ModuleType | None:
-    try:
-        return import_module("plyweight._native")
-    except ModuleNotFoundError as error:
-        if error.name != "plyweight._native":
-            raise
-        return None
-
-
-def variants_missing() -> dict[str, str]:
-    """Why each of :data:`VARIANTS` is not here; "" if it is."""
-    module = _module()
-    if module is None:
-        return dict.fromkeys(VARIANTS, "the native library is not built")
-    found: dict[str, str] = module.product_variants()
-    return {name: found.get(name, "it is not part of this build") for name in VARIANTS}
+__all__ = ["NativeMatrix"]
 
 
 class NativeMatrix(PlaneMatrix):
     """A plane matrix in the compute layout of the native library.
 
     Attributes:
-        kernel: the variant that computes, of :data:`VARIANTS`.
+        kernel: the name of the variant that computes.
     """
+
+    _variant: "Variant"
 
     def __init__(
         self, shape: tuple[int, int], *, group_size: int | None = None, variant: str
     ) -> None:
         super().__init__(shape, group_size=group_size)
-        module = _module()
-        if module is None:
-            raise KernelError("the native library is not built.")
-        self.kernel = variant
-        self._matrix = module.PlaneMatrix(*shape, group_size or 0)
+        chosen = native.choose(variant)
+        assert chosen.variant is not None
+        self.kernel, self._variant = variant, chosen.variant
+        self._matrix = native.library().PlaneMatrix(*shape, group_size or 0)
 
     @property
     def num_planes(self) -> int:
@@ -100,6 +81,6 @@ class NativeMatrix(PlaneMatrix):
         num_threads: int,
     ) -> NDArray[np.float32]:
         y: NDArray[np.float32] = self._matrix.product(
-            x, scale.reshape(-1), bit_width, mode, self.kernel, num_threads
+            x, scale.reshape(-1), bit_width, mode, self._variant, num_threads
         )
         return y

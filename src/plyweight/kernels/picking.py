@@ -1,37 +1,22 @@
-"""Which kernel computes: "auto" chooses by device and by what is built; a name is a demand.
+"""Which kernel multiplies: "auto" chooses by device and by what is built; a name is a demand.
 
-A demand that cannot be met is an error that says what there is and why the rest is not there.
-Nothing falls back in silence: what "auto" chose, and why, is :attr:`Kernel.reason`, and
-``plyweight info`` prints :func:`standings`.
+On the CPU :mod:`plyweight.native` chooses, as it does for everything else that is native. A demand
+that cannot be met is an error that says what there is, and nothing falls back in silence:
+:attr:`Kernel.reason` says why it is this one.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 
-from plyweight.errors import KernelError
+from plyweight import native
+from plyweight.errors import KernelError, listed
 from plyweight.kernels.matrix import PlaneMatrix
-from plyweight.kernels.native_matrix import VARIANTS, NativeMatrix, variants_missing
+from plyweight.kernels.native_matrix import NativeMatrix
 from plyweight.kernels.reference import ReferenceMatrix
 
-__all__ = ["KERNELS", "Kernel", "Standing", "pick", "standings"]
+__all__ = ["KERNELS", "Kernel", "available", "pick"]
 
-KERNELS = ("avx512", "avx2", "neon", "portable", "triton", "reference")  # the best first
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Whether a kernel is here.
-
-    Attributes:
-        name: of :data:`KERNELS`.
-        device: the type of device it computes on, "cpu" or "cuda".
-        missing: why it is not here; empty if it is.
-    """
-
-    name: str
-    device: str
-    missing: str = ""
+TRITON = "triton"
+KERNELS = (*native.KERNELS, TRITON)
 
 
 @dataclass(frozen=True)
@@ -41,7 +26,7 @@ class Kernel:
     Attributes:
         name: of :data:`KERNELS`.
         device: the type of device it computes on.
-        reason: why it was picked.
+        reason: why it was picked, half a sentence.
     """
 
     name: str
@@ -50,14 +35,18 @@ class Kernel:
 
     def matrix(self, shape: tuple[int, int], *, group_size: int | None = None) -> PlaneMatrix:
         """One of ``shape`` ``(out, in)`` that holds no plane yet."""
-        if self.name in VARIANTS:
-            return NativeMatrix(shape, group_size=group_size, variant=self.name)
-        assert self.name == "reference"
-        return ReferenceMatrix(shape, group_size=group_size)
+        if self.name == native.REFERENCE:
+            return ReferenceMatrix(shape, group_size=group_size)
+        return NativeMatrix(shape, group_size=group_size, variant=self.name)
+
+
+def available(device: str = "cpu") -> tuple[str, ...]:
+    """The kernels that multiply on devices of that type, the fastest first."""
+    return native.available() if device == "cpu" else ()
 
 
 def pick(kernel: str = "auto", *, device: str = "cpu") -> Kernel:
-    """The kernel to compute with on devices of type ``device``.
+    """The kernel to multiply with on devices of type ``device``.
 
     Args:
         kernel: "auto", or a name of :data:`KERNELS`, which is a demand.
@@ -66,60 +55,15 @@ def pick(kernel: str = "auto", *, device: str = "cpu") -> Kernel:
     Raises:
         KernelError: If there is no kernel of that name, or it is not here, or not for that device.
     """
-    here = standings()
-    usable = [s.name for s in here if not s.missing and s.device == device]
-    if kernel == "auto":
-        if not usable:
-            raise KernelError(
-                f"no kernel computes on {device!r}; {_what_is(here)}. Leave the model with "
-                "kernel=None, which decodes weights with torch on every device."
-            )
-        better = [s for s in here[: _place(here, usable[0])] if s.device == device]
-        because = "".join(f"; {s.name}: {s.missing}" for s in better)
-        return Kernel(usable[0], device, f"the best here on {device}{because}")
-    if kernel not in KERNELS:
+    if kernel != "auto" and kernel not in KERNELS:
         raise KernelError(
-            f"there is no kernel {kernel!r}; give 'auto' or one of {_names(KERNELS)}."
+            f"there is no kernel {kernel!r}; give 'auto' or one of {listed(KERNELS)}."
         )
-    standing = here[_place(here, kernel)]
-    if standing.missing:
-        raise KernelError(
-            f"the kernel {kernel!r} is not here: {standing.missing}. {_what_is(here)}."
-        )
-    if standing.device != device:
-        raise KernelError(
-            f"the kernel {kernel!r} computes on {standing.device!r}, and the weight is on "
-            f"{device!r}; there, {_names(usable) or 'no kernel'} can be had."
-        )
-    return Kernel(kernel, device, "asked for by name")
-
-
-@cache  # what is built does not change while a process runs
-def standings() -> tuple[Standing, ...]:
-    """All kernels, the best first, each with whether it is here."""
-    native_missing = variants_missing()
-    found = []
-    for name in KERNELS:
-        if name == "reference":
-            found.append(Standing(name, "cpu"))
-        elif name == "triton":
-            found.append(Standing(name, "cuda", _triton_missing()))
-        else:
-            found.append(Standing(name, "cpu", native_missing[name]))
-    return tuple(found)
-
-
-def _triton_missing() -> str:
-    return "it is not built yet"
-
-
-def _place(here: tuple[Standing, ...], name: str) -> int:
-    return next(i for i, standing in enumerate(here) if standing.name == name)
-
-
-def _what_is(here: tuple[Standing, ...]) -> str:
-    return f"There are {_names(f'{s.name} on {s.device}' for s in here if not s.missing)}"
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(names)
+    if device == "cpu" and kernel != TRITON:
+        choice = native.choose(kernel)
+        return Kernel(choice.name, device, choice.why)
+    raise KernelError(
+        f"the kernel {kernel!r} was asked for on {device!r}, where there is "
+        f"{listed(available(device))}. On every device plyweight.set_kernel(model, 'reference') "
+        "decodes weights and multiplies with torch."
+    )
