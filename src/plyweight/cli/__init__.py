@@ -4,6 +4,7 @@
     artifacts     inspect, verify, export, split, join, sign
     delivering    fetch, serve, cached, evict
     running       run, bench
+    installed     info
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 it failed, 2 it was
 called wrongly, 130 interrupted. An error is one sentence; ``--debug`` shows where it came from.
@@ -19,6 +20,7 @@ import typer
 from plyweight.cli.artifacts import export, inspect, join, sign, split, verify
 from plyweight.cli.calling import InterruptionError, note
 from plyweight.cli.delivering import cached, evict, fetch, serve
+from plyweight.cli.installed import info
 from plyweight.cli.making import demo, pack
 from plyweight.cli.running import bench, run
 from plyweight.errors import PlyweightError
@@ -98,3 +100,4 @@ app.command()(cached)
 app.command()(evict)
 app.command()(run)
 app.command()(bench)
+app.command()(info)
