@@ -61,7 +61,7 @@ def pick(kernel: str = "auto", *, device: str = "cpu") -> Kernel:
         )
     if device == "cpu" and kernel != TRITON:
         choice = native.choose(kernel)
-        return Kernel(choice.name, device, choice.why)
+        return Kernel(choice.kernel, device, choice.why)
     raise KernelError(
         f"the kernel {kernel!r} was asked for on {device!r}, where there is "
         f"{listed(available(device))}. On every device plyweight.set_kernel(model, 'reference') "
