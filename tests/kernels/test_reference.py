@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels.weights import drawn
 
 from plyweight.codec import decode, to_planes
 from plyweight.kernels import ReferenceMatrix
@@ -13,16 +14,6 @@ from plyweight.kernels.reference import (
     int8_product,
     quantize_rows,
 )
-
-
-def drawn(seed, out, num_inputs, *, m=3, group_size=None):
-    """Activations, codes and a scale, of sizes that differ from row to row."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((m, num_inputs)).astype(np.float32)
-    codes = rng.integers(0, 256, (out, num_inputs)).astype(np.uint8)
-    groups = () if group_size is None else (-(-num_inputs // group_size),)
-    scale = (rng.random((out, *groups)) + 0.01).astype(np.float32)
-    return x, codes, scale
 
 
 def test_a_product_that_a_human_can_check():

@@ -74,11 +74,10 @@ class PlaneMatrix(ABC):
             KernelError: If it is not a contiguous uint8 array of ``plane_bytes(shape)`` bytes, or
                 8 planes are held.
         """
-        wanted = plane_bytes(self.shape)
-        if plane.dtype != np.uint8 or plane.shape != (wanted,):
+        wanted = (plane_bytes(self.shape),)
+        if not _is_array(plane, np.uint8, wanted):
             raise KernelError(
-                f"a plane is {plane.dtype} {plane.shape}; a weight {self.shape} has planes of "
-                f"uint8 ({wanted},)."
+                f"a plane is {_kind(plane)}; a weight {self.shape} has planes of uint8 {wanted}."
             )
         if self.num_planes == MAX_BIT_WIDTH:
             raise KernelError(f"a plane more than {MAX_BIT_WIDTH}; a code has no more bits.")
@@ -147,23 +146,23 @@ class PlaneMatrix(ABC):
         """
         self._require(bit_width)
         out, num_inputs = self.shape
-        if x.dtype != np.float32 or x.ndim != 2 or x.shape[1] != num_inputs:
+        if not _is_array(x, np.float32, (*np.shape(x)[:1], num_inputs)):
             raise KernelError(
-                f"activations are {x.dtype} {x.shape}; a weight {self.shape} takes float32 "
+                f"activations are {_kind(x)}; a weight {self.shape} takes float32 "
                 f"(m, {num_inputs})."
             )
         wanted = (out,) if self.group_size is None else (out, self.num_groups)
-        if scale.dtype != np.float32 or scale.shape != wanted:
+        if not _is_array(scale, np.float32, wanted):
             raise KernelError(
-                f"the scale is {scale.dtype} {scale.shape}; a weight {self.shape} with "
+                f"the scale is {_kind(scale)}; a weight {self.shape} with "
                 f"group_size={self.group_size} takes float32 {wanted}."
             )
-        for name, array in (("activations", x), ("the scale", scale)):
+        for name, array in (("the activations are", x), ("the scale is", scale)):
             if not array.flags.c_contiguous or not array.flags.aligned:
-                raise KernelError(f"{name} are not C-contiguous and aligned; copy them first.")
+                raise KernelError(f"{name} not C-contiguous and aligned; copy first.")
         if mode not in MODES:
             raise KernelError(f"the mode is {mode!r}; give one of {', '.join(MODES)}.")
-        if mode == "int8" and (self.group_size or num_inputs) > MAX_GROUP_INPUTS < num_inputs:
+        if mode == "int8" and min(self.group_size or num_inputs, num_inputs) > MAX_GROUP_INPUTS:
             raise KernelError(
                 f"{num_inputs} inputs share a scale; sums of more than {MAX_GROUP_INPUTS} "
                 "may not fit an int32. Take groups, or the mode 'float'."
@@ -204,3 +203,14 @@ class PlaneMatrix(ABC):
         mode: Mode,
         num_threads: int,
     ) -> NDArray[np.float32]: ...
+
+
+def _is_array(array: object, dtype: type[np.generic], shape: tuple[int, ...]) -> bool:
+    return isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == shape
+
+
+def _kind(array: object) -> str:
+    """What ``array`` is, for a message."""
+    if isinstance(array, np.ndarray):
+        return f"{array.dtype} {array.shape}"
+    return f"a {type(array).__name__}"

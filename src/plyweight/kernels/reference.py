@@ -103,7 +103,8 @@ def int8_product(
     for index, group in enumerate(groups_of(x.shape[1], group_size)):
         # A float64 holds every integer on the way, and has a BLAS.
         sums = codes[:, group].astype(np.float64) @ levels[:, group].astype(np.float64).T
-        y += sums.astype(np.float32) * (row_scales[:, index, None] * scales[:, index])
+        with np.errstate(all="ignore"):  # too large is infinite, and NaN stays NaN
+            y += sums.astype(np.float32) * (row_scales[:, index, None] * scales[:, index])
     return y
 
 
@@ -114,9 +115,9 @@ def float_product(
     group_size: int | None = None,
 ) -> NDArray[np.float32]:
     """The product in the mode "float", summed in float64 and rounded once; as for int8_product."""
-    y: NDArray[np.float32] = (
-        x.astype(np.float64) @ _values(levels, scale, group_size).astype(np.float64).T
-    ).astype(np.float32)
+    values = _values(levels, scale, group_size).astype(np.float64)
+    with np.errstate(all="ignore"):
+        y: NDArray[np.float32] = (x.astype(np.float64) @ values.T).astype(np.float32)
     return y
 
 
