@@ -13,6 +13,7 @@ import torch
 from kernels.weights import ON_CPU, require
 from nets import ALL_BIT_WIDTHS, ConvNet, ZooNet, batch, trained, with_rows
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import plyweight
@@ -154,7 +155,7 @@ def test_kernels_are_changed_there_and_back_in_place(grouped, kernel, mode):
             set_kernel(net, "reference")
             assert torch.equal(net(IDS), plain(IDS))
     after = net.state_dict()
-    assert list(after) == list(state)
+    assert set(after) == set(state)
     assert all(torch.equal(after[name], state[name]) for name in state)
     assert {type(packed) for packed in weights_of(net).values()} == {PackedWeight}
 
@@ -315,14 +316,12 @@ def test_compiled_it_is_one_graph_that_serves_every_width(grouped, kernel, mode)
     require(kernel)
     torch._dynamo.reset()
     net = loaded(grouped, kernel=kernel, mode=mode)
-    counter = torch._dynamo.testing.CompileCounter()
-    module = net.second  # no bias, which would have a row for each width
-    compiled = torch.compile(module, backend=counter, fullgraph=True)
-    x = torch.randn(3, 40)
+    counter = CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
     with torch.no_grad():
         for bit_width in ALL_BIT_WIDTHS:
             set_bit_width(net, bit_width)
-            assert torch.equal(compiled(x), module(x))
+            assert torch.equal(compiled(IDS), net(IDS))
     assert counter.frame_count == 1
     torch._dynamo.reset()
 
@@ -371,7 +370,7 @@ def test_a_gradient_is_refused(grouped, kernel, mode):
     require(kernel)
     net = loaded(grouped, kernel=kernel, mode=mode)
     x = torch.randn(2, 24, requires_grad=True)
-    with pytest.raises(KernelError, match=r"a gradient .* set_kernel\(model, 'reference'\)"):
+    with pytest.raises(KernelError, match=r"a gradient .*set_kernel\(model, 'reference'\)"):
         net.first(x)
     with torch.no_grad():
         assert net.first(x).shape == (2, 40)
