@@ -56,6 +56,7 @@ __all__ = [
     "recalibrate",
     "report",
     "set_bit_width",
+    "set_kernel",
     "start_upgrade",
     "upgrade",
     "verify",
@@ -104,6 +105,7 @@ _HOMES = {
     "recalibrate": "plyweight.train.batch_norm",
     "report": "plyweight.nn.report",
     "set_bit_width": "plyweight.nn.bit_width",
+    "set_kernel": "plyweight.nn.kernel_weight",
     "start_upgrade": "plyweight.loading.verbs",
     "upgrade": "plyweight.loading.verbs",
     "verify": "plyweight.artifact.reader",
@@ -142,6 +144,7 @@ if TYPE_CHECKING:
     from plyweight.inspecting import inspect
     from plyweight.loading.verbs import downgrade, load, start_upgrade, upgrade
     from plyweight.nn.bit_width import at_bit_width, bit_widths_of, lease, set_bit_width
+    from plyweight.nn.kernel_weight import set_kernel
     from plyweight.nn.report import Report, report
     from plyweight.nn.swap import prepare
     from plyweight.packing.fitting import fit_edges

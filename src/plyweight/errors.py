@@ -19,7 +19,7 @@
       x EngineError                an engine cannot be made, or has been closed
         + GraphError                 an artifact has no graph, or one that cannot be computed here
         + InputError                 inputs are not those that the graph takes
-      x KernelError                a kernel was demanded that does not run here
+      x KernelError                a kernel is not there, or is given what it cannot take
       x LossError                  a loss is NaN or infinite; training stops before it does harm
       x ModelMismatchError         a model and an artifact do not describe the same network
 
@@ -169,7 +169,7 @@ class InputError(EngineError):
 
 
 class KernelError(PlyweightError, ValueError):
-    """A kernel was demanded that does not run here."""
+    """A kernel is not there, or is given what it cannot compute with."""
 
 
 class LossError(PlyweightError, ArithmeticError):

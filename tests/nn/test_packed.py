@@ -204,4 +204,4 @@ def test_a_packed_module_computes_its_function_and_holds_no_float_weight(
 def test_printing_shows_the_shape_and_the_bit_widths_held():
     _, packed = holding(torch.randn(5, 6))
     packed.release(3)
-    assert str(packed) == "PackedWeight(shape=(5, 6), bit_widths=(2, 3, 4))"
+    assert str(packed) == "PackedWeight(shape=(5, 6), bit_widths=(2, 3, 4), kernel=reference)"

@@ -109,11 +109,11 @@ def from_planes(planes: Iterable[Any], shape: tuple[int, ...], *, kernel: str = 
         ValueError: If there is no plane, more than 8, or one of the wrong length.
         KernelError: If the kernel that is demanded does not run here.
     """
-    variant = native.choose(kernel).variant
     rows = list(planes)
     if not all(isinstance(row, np.ndarray) for row in rows):
         return from_planes_reference(rows, shape)
     _check_planes(rows, shape)
+    variant = native.choose(kernel).variant  # not before: a compiler may be following torch tensors
     if variant is None:
         return _from_planes_in_numpy(rows, shape)
     codes = np.empty(prod(shape), np.uint8)

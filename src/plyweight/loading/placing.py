@@ -17,10 +17,12 @@ from plyweight.artifact.names import (
 )
 from plyweight.codec import from_planes, inner_levels, spread
 from plyweight.errors import LayeringError, ModelMismatchError
+from plyweight.kernels import Mode
 from plyweight.loading.held import Views, tensor_of
+from plyweight.nn.kernel_weight import choose, require_kernel
 from plyweight.nn.norm import BATCH_NORM_TENSORS, SHARED
 from plyweight.nn.outputs import round_output
-from plyweight.nn.packed import PackedWeight
+from plyweight.nn.packed import PackedLinear, PackedWeight
 from plyweight.nn.quantized import BiasByBitWidth
 from plyweight.nn.skeleton import Skeleton
 from plyweight.nn.swap import BATCH_NORMS, LAYERED, PACKED
@@ -41,8 +43,15 @@ def plain_shapes(header: Header) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def place_packed(skeleton: Skeleton, header: Header, base: Views) -> None:
-    """Turn the modules of layered weights into packed ones that hold no plane yet."""
+def place_packed(
+    skeleton: Skeleton, header: Header, base: Views, *, kernel: str, mode: Mode
+) -> None:
+    """Turn the modules of layered weights into packed ones that hold no plane yet.
+
+    Raises:
+        KernelError: If ``kernel`` cannot compute with the weight of a linear module.
+        ModelMismatchError: If the model has other modules there.
+    """
     for param, record in header.weights.items():
         packed = PackedWeight(
             record.shape,
@@ -55,6 +64,9 @@ def place_packed(skeleton: Skeleton, header: Header, base: Views) -> None:
         for name, module in _users(skeleton, param):
             inputs = _input_quantizer(skeleton, header, name, record, header.bit_widths)
             PACKED[type(module)].from_float(module, packed, inputs)
+            if isinstance(module, PackedLinear):
+                require_kernel(packed, kernel, mode)
+                choose(packed, kernel, mode)
     _check_activations(skeleton.model, header)
 
 

@@ -25,6 +25,7 @@ from torch import nn
 from plyweight.delivery import FetchOptions
 from plyweight.delivery.reading import Address, opened_at
 from plyweight.errors import ArtifactError, LayeringError
+from plyweight.kernels import Mode
 from plyweight.loading.held import HeldLayers, ReadyLayer, tensor_of
 from plyweight.loading.placing import (
     give_rows,
@@ -49,6 +50,8 @@ def load(
     *,
     bit_width: int | None = None,
     form: Form = "packed",
+    kernel: str = "reference",
+    mode: Mode = "float",
     **options: Unpack[FetchOptions],
 ) -> nn.Module:
     """A copy of ``model`` with the weights of an artifact, in evaluation mode.
@@ -69,6 +72,10 @@ def load(
         form: "packed": resident are the planes, for inference, :func:`upgrade` and
             :func:`downgrade`. "fake-quantized": resident are float latent weights, to go on
             training at the bit-widths held.
+        kernel: what linear modules multiply with in packed form, as for
+            :func:`plyweight.set_kernel`; with another than the default, the planes go straight
+            into its layout.
+        mode: of the kernel, likewise.
         options: of :func:`plyweight.fetch`: limits in place of ``bit_width``, whom to believe, how
             to fetch. For a file: ``max_bytes``, ``max_ram`` and ``artifact_id``.
 
@@ -76,12 +83,17 @@ def load(
         BitWidthError: If that bit-width is not stored, or the file is cut before it.
         ArtifactError: If the file is damaged; the message names layer and tensor.
         ModelMismatchError: If the model is not that of the artifact; names are on both sides.
+        KernelError: If the kernel is not here, or cannot compute that.
         LayeringError: If an argument is wrong, or the model has values that no artifact gives.
         TrustError: If the artifact is not the one that is trusted.
         DeliveryError: If it cannot be read or does not arrive, or not even the base layer fits.
     """
     if form not in ("packed", "fake-quantized"):
         raise LayeringError(f"form is {form!r}; give 'packed' or 'fake-quantized'.")
+    if form != "packed" and (kernel, mode) != ("reference", "float"):
+        raise LayeringError(
+            f"the kernel {kernel!r} was asked for, but only packed models have one."
+        )
     reader, target = opened_at(source, bit_width, options)
     header = reader.header
     num_layers = header.layer_index(target) + 1
@@ -94,7 +106,7 @@ def load(
         skeleton.set(name, tensor_of(layers[0][name]))
     held = header.bit_widths[:num_layers]
     if form == "packed":
-        place_packed(skeleton, header, layers[0])
+        place_packed(skeleton, header, layers[0], kernel=kernel, mode=mode)
         placed = header.bit_widths
     else:
         place_layered(skeleton, header, layers, held)

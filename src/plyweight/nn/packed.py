@@ -1,19 +1,23 @@
 """Packed modules: what is resident is the bit planes that are held, never a float weight.
 
 A packed weight decodes when it is used: the first planes of its own bit-width make the codes, the
-codes make the levels, times the scale. It is the definition that faster kernels must equal.
+codes make the levels, times the scale. It is the definition that faster kernels must equal, and
+the default, for it computes what was trained bit for bit. With another kernel the planes are in
+its layout instead (:mod:`plyweight.nn.kernel_weight`).
 
 On the CPU that happens a block of rows at a time. Beside the planes and the one weight that is
 being computed with, a call then takes no memory worth counting, and the blocks are small enough
 to come back to the system: what a model holds is what its process takes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import gcd, prod
 from typing import Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from plyweight.codec import decode, from_planes, plane_bytes, spread
@@ -78,7 +82,7 @@ class PackedWeight(Switchable):
     def hold(self, layer: int, planes: Tensor | None, gain: Tensor | None) -> None:
         """Take what layer number ``layer``, the next one, brings; None where it brings none."""
         assert layer == self.num_held
-        self.register_buffer(f"planes_{layer}", planes)
+        self._hold_planes(layer, planes)
         own = self._own(self._all_bit_widths[layer])
         if gain is not None:
             self.register_buffer(f"gain_{own}", gain)
@@ -87,19 +91,33 @@ class PackedWeight(Switchable):
     def release(self, layer: int) -> None:
         """Give back layer number ``layer``, the last one held: its planes and its gain."""
         assert 0 < layer == self.num_held - 1
-        delattr(self, f"planes_{layer}")
+        self._release_planes(layer)
         own, before = (self._own(self._all_bit_widths[i]) for i in (layer, layer - 1))
         if own != before and f"gain_{own}" in self._buffers:
             delattr(self, f"gain_{own}")
         self.num_held -= 1
 
+    @property
+    def kernel_name(self) -> str:
+        """What computes with the planes."""
+        return "reference"
+
+    def planes_of(self, layer: int) -> Tensor | None:
+        """What :meth:`hold` was given for a layer that is held, as it is on the wire."""
+        return self._buffers[f"planes_{layer}"]
+
+    def _hold_planes(self, layer: int, planes: Tensor | None) -> None:
+        self.register_buffer(f"planes_{layer}", planes)
+
+    def _release_planes(self, layer: int) -> None:
+        delattr(self, f"planes_{layer}")
+
     def forward(self) -> Tensor:
         """The weight at the current bit-width, in the model's dtype."""
         own = self._own(self.bit_width)
-        brought = [self._buffers[f"planes_{i}"] for i in range(self.num_held)]
+        brought = [self.planes_of(i) for i in range(self.num_held)]
         rows = [row for planes in brought if planes is not None for row in planes][:own]
-        gain = self._buffers.get(f"gain_{own}")
-        scale = self.scale.float() if gain is None else self.scale.float() * gain.float()
+        scale = self.scale_at(own)
         # A compiler fuses the definition into one pass by itself, and on a GPU a block is a
         # dozen launches. A type is not exactly Tensor where torch only follows shapes.
         if torch.compiler.is_compiling() or any(
@@ -107,6 +125,15 @@ class PackedWeight(Switchable):
         ):
             return self._decoded(rows, scale)
         return self._decoded_by_block(rows, scale)
+
+    def times(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """``inputs @ weight.T + bias``, ``(..., in)`` to ``(..., out)``."""
+        return F.linear(inputs, self(), bias)
+
+    def scale_at(self, own: int) -> Tensor:
+        """The scale at own bit-width ``own``, its gain included, float32."""
+        gain = self._buffers.get(f"gain_{own}")
+        return self.scale.float() if gain is None else self.scale.float() * gain.float()
 
     def _decoded(self, rows: list[Tensor], scale: Tensor) -> Tensor:
         """The definition: the values of the planes ``rows``."""
@@ -116,18 +143,29 @@ class PackedWeight(Switchable):
 
     def _decoded_by_block(self, rows: list[Tensor], scale: Tensor) -> Tensor:
         """The same; what is computed on the way never grows beyond a block."""
-        values = empty(self.shape, self._like.dtype)
         planes = [row.numpy() for row in rows]  # numpy unpacks bits several times faster
         row_weights = prod(self.shape[1:])
-        unit = 8 // gcd(8, row_weights)  # rows of the weight that end with a byte of its planes
-        step = max(BLOCK_WEIGHTS // (row_weights * unit), 1) * unit
+
+        def levels_of(start: int, stop: int) -> NDArray[np.int8]:
+            shape, first = (stop - start, *self.shape[1:]), start * row_weights // 8
+            cut = [p[first : first + plane_bytes(shape)] for p in planes]
+            levels: NDArray[np.int8] = decode(from_planes(cut, shape), len(cut))
+            return levels
+
+        # Rows of the weight that end with a byte of its planes.
+        return self._values_by_block(levels_of, scale, unit=8 // gcd(8, row_weights))
+
+    def _values_by_block(
+        self, levels_of: Callable[[int, int], NDArray[np.int8]], scale: Tensor, *, unit: int = 1
+    ) -> Tensor:
+        """The values of ``levels_of(start, stop)``, some multiple of ``unit`` rows at a time."""
+        values = empty(self.shape, self._like.dtype)
+        step = max(BLOCK_WEIGHTS // (prod(self.shape[1:]) * unit), 1) * unit
         for first in range(0, len(values), step):
             block = values[first : first + step]
-            shape, start = tuple(block.shape), first * row_weights // 8
-            stop = start + plane_bytes(shape)
-            levels = decode(from_planes([p[start:stop] for p in planes], shape), len(planes))
+            levels = levels_of(first, first + len(block))
             scales = scale[first : first + step] if len(scale) > 1 else scale
-            factors = spread(scales, shape, self.group_size)
+            factors = spread(scales, tuple(block.shape), self.group_size)
             block.copy_(torch.from_numpy(levels) * factors)  # int8 times float32 is float32
         return values
 
@@ -141,7 +179,8 @@ class PackedWeight(Switchable):
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        return f"shape={self.shape}, bit_widths={self.available_bit_widths}"
+        held = f"shape={self.shape}, bit_widths={self.available_bit_widths}"
+        return f"{held}, kernel={self.kernel_name}"
 
 
 class PackedModule(BiasByBitWidth):
@@ -184,6 +223,10 @@ class PackedModule(BiasByBitWidth):
 
 class PackedLinear(PackedModule, QuantizedLinear):
     """``nn.Linear`` whose weight ``(out, in)`` is resident as planes."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``inputs @ weight.T + bias``, both operands on their grids."""
+        return self.packed_weight.times(self.input_quantizer(inputs), self.bias)
 
 
 class PackedConv1d(PackedModule, QuantizedConv1d):

@@ -1,0 +1,216 @@
+"""A plane matrix: a weight ``(out, in)`` as bit planes, in the compute layout of one kernel.
+
+What goes in and comes out of it is the wire layout: a plane of ``plane_bytes(shape)`` bytes, eight
+weights to a byte in C order, the first in the lowest bit. What it holds in between is the kernel's
+own affair, as long as a plane can be added and dropped without the others being moved.
+
+The border is here: what is wrong raises before a kernel reads a byte of it.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plyweight.codec import MAX_BIT_WIDTH, plane_bytes
+from plyweight.errors import BitWidthError, KernelError
+
+__all__ = ["MAX_GROUP_INPUTS", "MODES", "Mode", "PlaneMatrix"]
+
+Mode = Literal["float", "int8"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+# Inputs that share a scale, in the mode "int8": 2**17 products of at most 127 * 127 are a sum that
+# an int32 holds.
+MAX_GROUP_INPUTS = 2**17
+
+
+class PlaneMatrix(ABC):
+    """A weight ``(out, in)`` of which the first planes are held.
+
+    Products may be computed by several threads at once; planes are added and dropped by one while
+    there is no other (:mod:`plyweight.nn.lease` sees to that in a loaded model).
+
+    Attributes:
+        kernel: the name of the one that computes.
+        shape: ``(out, in)``.
+        group_size: inputs that share a scale; None for one scale per output channel.
+    """
+
+    kernel: str
+
+    def __init__(self, shape: tuple[int, int], *, group_size: int | None = None) -> None:
+        if len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
+            raise KernelError(
+                f"a plane matrix of shape {shape} was asked for; products are computed with "
+                "weights (out, in), both at least 1."
+            )
+        if group_size is not None and (type(group_size) is not int or group_size < 1):
+            raise KernelError(
+                f"group_size is {group_size!r}; give None or an integer of 1 or more."
+            )
+        self.shape, self.group_size = shape, group_size
+
+    @property
+    def num_groups(self) -> int:
+        """Scales per output channel."""
+        return 1 if self.group_size is None else -(-self.shape[1] // self.group_size)
+
+    @property
+    @abstractmethod
+    def num_planes(self) -> int:
+        """How many planes are held: the widest bit-width that can be computed."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """The memory that the planes take, padding included."""
+
+    def add_plane(self, plane: NDArray[np.uint8]) -> None:
+        """Take the next plane, in the wire layout; it is copied.
+
+        Raises:
+            KernelError: If it is not a contiguous uint8 array of ``plane_bytes(shape)`` bytes, or
+                8 planes are held.
+        """
+        wanted = (plane_bytes(self.shape),)
+        if not _is_array(plane, np.uint8, wanted):
+            raise KernelError(
+                f"a plane is {_kind(plane)}; a weight {self.shape} has planes of uint8 {wanted}."
+            )
+        if self.num_planes == MAX_BIT_WIDTH:
+            raise KernelError(f"a plane more than {MAX_BIT_WIDTH}; a code has no more bits.")
+        self._add_plane(np.ascontiguousarray(plane))
+
+    def drop_plane(self) -> None:
+        """Give back the last plane.
+
+        Raises:
+            KernelError: If none is held.
+        """
+        if not self.num_planes:
+            raise KernelError("there is no plane to drop.")
+        self._drop_plane()
+
+    def plane(self, index: int) -> NDArray[np.uint8]:
+        """Plane number ``index`` in the wire layout, ``(plane_bytes(shape),)``, byte for byte.
+
+        Raises:
+            KernelError: If it is not held.
+        """
+        if not 0 <= index < self.num_planes:
+            raise KernelError(f"plane {index} was asked for; {self.num_planes} are held.")
+        return self._plane(index)
+
+    def levels(self, bit_width: int, start: int = 0, stop: int | None = None) -> NDArray[np.int8]:
+        """The levels at ``bit_width`` of output channels ``start`` to ``stop``, ``(rows, in)``.
+
+        Raises:
+            BitWidthError: If fewer planes are held.
+            KernelError: If there are no such output channels.
+        """
+        self._require(bit_width)
+        stop = self.shape[0] if stop is None else stop
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise KernelError(
+                f"output channels {start} to {stop} were asked for; there are {self.shape[0]}."
+            )
+        return self._levels(bit_width, start, stop)
+
+    def product(
+        self,
+        x: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        bit_width: int,
+        *,
+        mode: Mode,
+        num_threads: int = 1,
+    ) -> NDArray[np.float32]:
+        """Activations times the weight at ``bit_width``: ``(m, in)`` to ``(m, out)``.
+
+        The result does not depend on ``num_threads``, nor on the other rows of ``x``.
+
+        Args:
+            x: float32 ``(m, in)``, C-contiguous.
+            scale: of the weight at ``bit_width``, float32 ``(out,)``, or ``(out, groups)`` where
+                there is a group size; C-contiguous.
+            bit_width: at most as many planes as are held.
+            mode: "int8": activations are rounded to 8 bits, sums are integers. "float": nothing
+                is rounded but sums.
+            num_threads: to compute with.
+
+        Raises:
+            BitWidthError: If fewer planes are held.
+            KernelError: If an argument is not as said above.
+        """
+        self._require(bit_width)
+        out, num_inputs = self.shape
+        if not _is_array(x, np.float32, (*np.shape(x)[:1], num_inputs)):
+            raise KernelError(
+                f"activations are {_kind(x)}; a weight {self.shape} takes float32 "
+                f"(m, {num_inputs})."
+            )
+        wanted = (out,) if self.group_size is None else (out, self.num_groups)
+        if not _is_array(scale, np.float32, wanted):
+            raise KernelError(
+                f"the scale is {_kind(scale)}; a weight {self.shape} with "
+                f"group_size={self.group_size} takes float32 {wanted}."
+            )
+        for name, array in (("the activations are", x), ("the scale is", scale)):
+            if not array.flags.c_contiguous or not array.flags.aligned:
+                raise KernelError(f"{name} not C-contiguous and aligned; copy first.")
+        if mode not in MODES:
+            raise KernelError(f"the mode is {mode!r}; give one of {', '.join(MODES)}.")
+        if mode == "int8" and min(self.group_size or num_inputs, num_inputs) > MAX_GROUP_INPUTS:
+            raise KernelError(
+                f"{num_inputs} inputs share a scale; sums of more than {MAX_GROUP_INPUTS} "
+                "may not fit an int32. Take groups, or the mode 'float'."
+            )
+        if type(num_threads) is not int or num_threads < 1:
+            raise KernelError(f"num_threads is {num_threads!r}; give an integer of 1 or more.")
+        if not len(x):
+            return np.empty((0, out), np.float32)
+        return self._product(x, scale, bit_width, mode, num_threads)
+
+    def _require(self, bit_width: int) -> None:
+        if type(bit_width) is not int or not 1 <= bit_width <= self.num_planes:
+            raise BitWidthError(
+                bit_width,
+                stored=range(1, self.num_planes + 1),
+                where="the plane matrix",
+                advice="Add the planes that are missing first.",
+            )
+
+    @abstractmethod
+    def _add_plane(self, plane: NDArray[np.uint8]) -> None: ...
+
+    @abstractmethod
+    def _drop_plane(self) -> None: ...
+
+    @abstractmethod
+    def _plane(self, index: int) -> NDArray[np.uint8]: ...
+
+    @abstractmethod
+    def _levels(self, bit_width: int, start: int, stop: int) -> NDArray[np.int8]: ...
+
+    @abstractmethod
+    def _product(
+        self,
+        x: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        bit_width: int,
+        mode: Mode,
+        num_threads: int,
+    ) -> NDArray[np.float32]: ...
+
+
+def _is_array(array: object, dtype: type[np.generic], shape: tuple[int, ...]) -> bool:
+    return isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == shape
+
+
+def _kind(array: object) -> str:
+    """What ``array`` is, for a message."""
+    if isinstance(array, np.ndarray):
+        return f"{array.dtype} {array.shape}"
+    return f"a {type(array).__name__}"

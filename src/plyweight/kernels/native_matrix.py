@@ -1,0 +1,87 @@
+"""The native kernels: a plane matrix of ``plyweight._native``, in one of its variants.
+
+What this file asks of the native module, beside what :mod:`plyweight.native` does:
+
+    PlaneMatrix(out, in, group)   group 0 for none; no plane yet
+      .add_plane(uint8 (bytes,))  in the wire layout, the next one; copied into the compute layout
+      .drop_plane()               the last one; its memory goes back to the system
+      .num_planes  .nbytes
+      .plane(index)               uint8 (bytes,) in the wire layout again
+      .levels(bits, start, stop, variant, threads)
+                                  int8 (stop - start, in)
+      .product(x, scale, bits, mode, variant, threads)
+                                  float32 (m, in), float32 (out * groups,) -> float32 (m, out)
+
+It lets go of the GIL where it computes.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plyweight import native
+from plyweight.kernels.matrix import Mode, PlaneMatrix
+
+if TYPE_CHECKING:
+    from plyweight._native import Variant
+
+__all__ = ["NativeMatrix"]
+
+
+class NativeMatrix(PlaneMatrix):
+    """A plane matrix in the compute layout of the native library.
+
+    Attributes:
+        kernel: the name of the variant that computes.
+    """
+
+    _variant: "Variant"
+
+    def __init__(
+        self, shape: tuple[int, int], *, group_size: int | None = None, variant: str
+    ) -> None:
+        super().__init__(shape, group_size=group_size)
+        chosen = native.choose(variant)
+        assert chosen.variant is not None
+        self.kernel, self._variant = variant, chosen.variant
+        self._matrix = native.library().PlaneMatrix(*shape, group_size or 0)
+
+    @property
+    def num_planes(self) -> int:
+        """How many are held."""
+        num: int = self._matrix.num_planes
+        return num
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the planes take, padding included."""
+        size: int = self._matrix.nbytes
+        return size
+
+    def _add_plane(self, plane: NDArray[np.uint8]) -> None:
+        self._matrix.add_plane(plane)
+
+    def _drop_plane(self) -> None:
+        self._matrix.drop_plane()
+
+    def _plane(self, index: int) -> NDArray[np.uint8]:
+        plane: NDArray[np.uint8] = self._matrix.plane(index)
+        return plane
+
+    def _levels(self, bit_width: int, start: int, stop: int) -> NDArray[np.int8]:
+        levels: NDArray[np.int8] = self._matrix.levels(bit_width, start, stop)
+        return levels
+
+    def _product(
+        self,
+        x: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        bit_width: int,
+        mode: Mode,
+        num_threads: int,
+    ) -> NDArray[np.float32]:
+        y: NDArray[np.float32] = self._matrix.product(
+            x, scale.reshape(-1), bit_width, mode, self._variant, num_threads
+        )
+        return y

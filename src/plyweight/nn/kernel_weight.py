@@ -1,0 +1,313 @@
+"""Packed weights whose planes a kernel holds: a linear module multiplies with them as they are.
+
+The planes are resident once, in the kernel's layout. Whoever asks for the weight itself (a tied
+embedding, an export) gets the same values as ever, decoded from there; and what leaves the process
+or the module, a state dict, a copy, a pickle, is in the layout of the wire, so that a model which
+is saved with one kernel is loaded with another.
+
+    :func:`plyweight.set_kernel` chooses; ``print(model)`` shows what was chosen, and why.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from plyweight.codec import spread
+from plyweight.errors import KernelError, LayeringError, listed
+from plyweight.kernels import MAX_GROUP_INPUTS, MODES, Kernel, Mode, PlaneMatrix, pick
+from plyweight.nn import products
+from plyweight.nn.lease import change, leased_parts
+from plyweight.nn.packed import PackedLinear, PackedWeight
+
+__all__ = ["KernelWeight", "choose", "require_kernel", "set_kernel"]
+
+REFERENCE = "reference"
+
+
+class KernelWeight(PackedWeight):
+    """A weight ``(out, in)`` whose planes are in the layout of ``kernel``.
+
+    Attributes:
+        kernel: what multiplies, and why it.
+        mode: "float" or "int8", see :mod:`plyweight.kernels.reference`.
+    """
+
+    kernel: Kernel
+    mode: Mode
+    _asked: str
+    _matrix: PlaneMatrix
+    _num_planes: list[int]
+    _gained: tuple[int, Tensor] | None
+    _number: int
+
+    @classmethod
+    def take(cls, packed: PackedWeight, asked: str, mode: Mode) -> None:
+        """Let ``asked``, a kernel's name or "auto", hold the planes of ``packed``, in place.
+
+        While it happens they are there twice.
+
+        Raises:
+            KernelError: If there is no such kernel for the device of ``packed``.
+        """
+        assert len(packed.shape) == 2
+        kernel = pick(asked, device=packed.scale.device.type)
+        matrix = kernel.matrix(packed.shape, group_size=packed.group_size)
+        layers = [packed.planes_of(layer) for layer in range(packed.num_held)]
+        for planes in layers:
+            _add(matrix, planes)
+        for layer in range(packed.num_held):
+            packed._buffers.pop(f"planes_{layer}", None)
+        packed.__class__ = cls
+        assert isinstance(packed, cls)
+        packed.kernel, packed.mode, packed._asked = kernel, mode, asked
+        packed._matrix, packed._gained = matrix, None
+        packed._num_planes = [0 if planes is None else len(planes) for planes in layers]
+        packed._number = products.numbered(packed)
+
+    def give_back(self) -> None:
+        """Become a plain packed weight again, in place."""
+        layers = [self.planes_of(layer) for layer in range(self.num_held)]
+        for name in KernelWeight.__annotations__:
+            delattr(self, name)
+        _become_plain(self)
+        for layer, planes in enumerate(layers):
+            self.register_buffer(f"planes_{layer}", planes)
+
+    @property
+    def kernel_name(self) -> str:
+        """What computes with the planes, how, and why."""
+        return f"{self.kernel.name} ({self.kernel.reason}), mode={self.mode}"
+
+    @property
+    def kernel_bytes(self) -> int:
+        """The memory that the planes take in the kernel's layout."""
+        return self._matrix.nbytes
+
+    def forward(self) -> Tensor:
+        """The weight at the current bit-width, in the model's dtype."""
+        return products.values(self.scale, self.row, self._like, self._number)
+
+    def times(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """``inputs @ weight.T + bias``, ``(..., in)`` to ``(..., out)``."""
+        y = products.product(inputs, self.scale, self.row, self._number)
+        return y if bias is None else y + bias
+
+    def product_of(self, x: Tensor) -> Tensor:
+        """What the operator computes: the kernel's product of ``x`` in float32."""
+        own = self._own(self.bit_width)
+        rows = x.detach().reshape(-1, self.shape[1]).float().contiguous()
+        y = self._matrix.product(
+            _given(rows),
+            _given(self.scale_at(own)),
+            own,
+            mode=self.mode,
+            num_threads=torch.get_num_threads(),
+        )
+        return _taken(y).to(x.dtype).view(*x.shape[:-1], self.shape[0])
+
+    def values_of(self) -> Tensor:
+        """What the operator computes: the weight, decoded."""
+        own = self._own(self.bit_width)
+        scale = self.scale_at(own)
+        if self.kernel.device != "cpu":
+            levels = _taken(self._matrix.levels(own)).float()
+            factors: Tensor = spread(scale, self.shape, self.group_size)
+            return (levels * factors).to(self._like.dtype)
+
+        def levels_of(start: int, stop: int) -> NDArray[np.int8]:
+            return self._matrix.levels(own, start, stop)
+
+        return self._values_by_block(levels_of, scale)
+
+    def scale_at(self, own: int) -> Tensor:
+        """The scale at own bit-width ``own``, its gain included, float32.
+
+        A gain is multiplied with once after a switch and not in every call: with groups that
+        takes as long as a fifth of a product.
+        """
+        if f"gain_{own}" not in self._buffers:
+            return self.scale.float().contiguous()
+        gained = self._gained
+        if gained is None or gained[0] != own:
+            gained = own, super().scale_at(own).contiguous()
+            self._gained = gained
+        return gained[1]
+
+    def planes_of(self, layer: int) -> Tensor | None:
+        """What :meth:`hold` was given for a layer that is held, as it is on the wire."""
+        first, num = sum(self._num_planes[:layer]), self._num_planes[layer]
+        if not num:
+            return None
+        return torch.stack([_taken(self._matrix.plane(i)) for i in range(first, first + num)])
+
+    def _hold_planes(self, layer: int, planes: Tensor | None) -> None:
+        while self._matrix.num_planes > sum(self._num_planes[:layer]):
+            self._matrix.drop_plane()  # of a change that was interrupted
+        _add(self._matrix, planes)
+        self._num_planes[layer:] = [0 if planes is None else len(planes)]
+        self._gained = None
+
+    def _release_planes(self, layer: int) -> None:
+        for _ in range(self._num_planes[layer]):
+            self._matrix.drop_plane()
+        del self._num_planes[layer:]
+        self._gained = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        device = fn(self._like).device
+        moves = device.type != self.kernel.device
+        kernel = pick(self._asked, device=device.type) if moves else self.kernel
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._gained = None
+        if moves:
+            moved = kernel.matrix(self._shape(), group_size=self.group_size)
+            for index in range(self._matrix.num_planes):
+                moved.add_plane(_given(_taken(self._matrix.plane(index)).to(device)))
+            self.kernel, self._matrix = kernel, moved
+        return result
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for layer in range(self.num_held):
+            if (planes := self.planes_of(layer)) is not None:
+                destination[f"{prefix}planes_{layer}"] = planes
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        asked, mode = self._asked, self.mode
+        self.give_back()  # a plain one knows how
+        try:
+            self._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        finally:
+            KernelWeight.take(self, asked, mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__ | {"_buffers": dict(self._buffers)}
+        for name in ("kernel", "_matrix", "_gained", "_number"):
+            del state[name]
+        for layer in range(self.num_held):
+            state["_buffers"][f"planes_{layer}"] = self.planes_of(layer)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        asked, mode = self._asked, self.mode
+        _become_plain(self)
+        KernelWeight.take(self, asked, mode)
+
+    def _shape(self) -> tuple[int, int]:
+        out, num_inputs = self.shape
+        return out, num_inputs
+
+
+def _become_plain(weight: PackedWeight) -> None:
+    weight.__class__ = PackedWeight
+
+
+def _add(matrix: PlaneMatrix, planes: Tensor | None) -> None:
+    for row in () if planes is None else planes:
+        matrix.add_plane(_given(row))
+
+
+def _given(tensor: Tensor) -> Any:
+    """``tensor`` as a kernel takes it: an array on the CPU, itself on a device."""
+    return tensor.numpy() if tensor.is_cpu else tensor
+
+
+def _taken(array: Any) -> Tensor:
+    """What a kernel gave, as a tensor."""
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+
+
+def set_kernel(model: nn.Module, kernel: str = "auto", *, mode: Mode = "float") -> None:
+    """Let the linear modules of a loaded ``model`` multiply with ``kernel`` from now on.
+
+    The planes move into the kernel's layout, weight by weight; they are not kept twice. Calls of
+    other threads that are under way end as they began, and this waits for them.
+
+    Convolutions and embeddings keep decoding their weights. A weight that one of them shares with
+    a linear module is decoded for it to the same values, from the kernel's layout.
+
+    Args:
+        model: from :func:`plyweight.load`, in packed form.
+        kernel: "reference" decodes the weight and multiplies with torch: what was trained, bit
+            for bit. "auto" is the best kernel that is built and runs on the model's device.
+            "avx512", "avx2", "neon", "portable" and "triton" are demands.
+        mode: "float": nothing is rounded but sums, which are made in another order than torch's.
+            "int8": every row of activations (or row and group, where scales have groups) is
+            rounded to 8 bits on the way, and sums are integers: faster, and a choice about
+            accuracy that is the caller's to make.
+
+    Raises:
+        KernelError: If the kernel is not here, or cannot compute that; the model stays as it was.
+        LayeringError: If no linear module of the model is packed, or this thread holds a lease.
+    """
+    weights = _weights_of(model)
+    if not weights:
+        raise LayeringError(
+            f"this {type(model).__name__} has no packed linear module; set_kernel takes a model "
+            "from plyweight.load(file, model) in packed form."
+        )
+    for weight in weights:
+        require_kernel(weight, kernel, mode)  # before anybody waits
+    parts = leased_parts(model)
+    for part in parts:
+        inside = _weights_of(part)
+        change(part, lambda inside=inside: _choose_all(inside, kernel, mode))  # type: ignore[misc]
+    leased = {id(weight) for part in parts for weight in _weights_of(part)}
+    _choose_all([weight for weight in weights if id(weight) not in leased], kernel, mode)
+
+
+def require_kernel(weight: PackedWeight, kernel: str, mode: Mode) -> None:
+    """Raise KernelError if ``kernel`` cannot compute with ``weight`` in ``mode``."""
+    if mode not in MODES:
+        raise KernelError(f"the mode is {mode!r}; give one of {listed(MODES)}.")
+    if not _is_plain(kernel, mode):
+        pick(kernel, device=weight.scale.device.type)
+    per_scale = min(weight.group_size or weight.shape[1], weight.shape[1])
+    if mode == "int8" and per_scale > MAX_GROUP_INPUTS:
+        raise KernelError(
+            f"{per_scale} inputs of a weight {weight.shape} share a scale; the mode 'int8' sums "
+            f"at most {MAX_GROUP_INPUTS}. Take the mode 'float'."
+        )
+
+
+def choose(weight: PackedWeight, kernel: str, mode: Mode) -> None:
+    """Let ``kernel`` compute with ``weight``, which may be plain or held by another kernel."""
+    if isinstance(weight, KernelWeight):
+        if weight._asked == kernel and not _is_plain(kernel, mode):
+            weight.mode = mode  # the layout is the same
+            return
+        weight.give_back()
+    if not _is_plain(kernel, mode):
+        KernelWeight.take(weight, kernel, mode)
+
+
+def _choose_all(weights: list[PackedWeight], kernel: str, mode: Mode) -> None:
+    before: list[tuple[str, Mode]] = [
+        (weight._asked, weight.mode) if isinstance(weight, KernelWeight) else (REFERENCE, "float")
+        for weight in weights
+    ]
+    try:
+        for weight in weights:
+            choose(weight, kernel, mode)
+    except BaseException:  # no memory, or interrupted: not some with one and some with another
+        for weight, (asked, earlier) in zip(weights, before, strict=True):
+            choose(weight, asked, earlier)
+        raise
+
+
+def _is_plain(kernel: str, mode: Mode) -> bool:
+    """Whether that is what a plain packed weight does: decode, and multiply with torch."""
+    return kernel == REFERENCE and mode == "float"
+
+
+def _weights_of(model: nn.Module) -> list[PackedWeight]:
+    """The packed weights that linear modules multiply with, each once."""
+    linear = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    return list({id(module.packed_weight): module.packed_weight for module in linear}.values())

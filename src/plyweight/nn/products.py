@@ -1,0 +1,125 @@
+"""The operators of packed weights whose planes a kernel holds.
+
+    plyweight::product(x, scale, row, number)   (..., in) to (..., out), of x's dtype
+    plyweight::values(scale, row, like, number) the weight (out, in), of like's dtype
+
+The planes are in a kernel's own layout and no tensors, so a weight goes by its number, one for as
+long as the process runs. What an operator computes depends on the bit-width, which is why ``row``
+is among its arguments, and a compiled graph serves every bit-width.
+
+Under ``torch.compile``, ``torch.export`` and with fake tensors only shapes are followed. A program
+that was exported holds no planes: it runs in this process, as long as the weight is there.
+
+There is no gradient: who asks for one is refused.
+"""
+
+from itertools import count
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from plyweight.errors import KernelError
+
+__all__ = ["Multiplier", "numbered", "product", "values"]
+
+
+class Multiplier(Protocol):
+    """A packed weight whose planes a kernel holds."""
+
+    shape: tuple[int, ...]
+
+    def product_of(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``, at the current bit-width."""
+        ...
+
+    def values_of(self) -> Tensor:
+        """The weight at the current bit-width, in the model's dtype."""
+        ...
+
+
+_numbers = count(1)
+_weights: "WeakValueDictionary[int, Multiplier]" = WeakValueDictionary()
+
+
+def numbered(weight: Multiplier) -> int:
+    """A number for ``weight``, by which the operators find it as long as it lives."""
+    number = next(_numbers)
+    _weights[number] = weight
+    return number
+
+
+def product(x: Tensor, scale: Tensor, row: Tensor, number: int) -> Tensor:
+    """Activations times the weight of that number, through the dispatcher.
+
+    Raises:
+        KernelError: If a gradient would be needed, or shapes or dtypes do not fit.
+    """
+    result: Tensor = torch.ops.plyweight.product.default(x, scale, row, number)
+    return result
+
+
+def values(scale: Tensor, row: Tensor, like: Tensor, number: int) -> Tensor:
+    """The weight of that number, through the dispatcher."""
+    result: Tensor = torch.ops.plyweight.values.default(scale, row, like, number)
+    return result
+
+
+def _weight(number: int) -> Multiplier:
+    weight = _weights.get(number)
+    if weight is None:
+        raise KernelError(
+            f"the planes of weight {number} are not in this process. A program that was compiled "
+            "or exported with a kernel runs beside its model; export with the kernel 'reference'."
+        )
+    return weight
+
+
+def _checked(x: Tensor, number: int) -> Multiplier:
+    weight = _weight(number)
+    if not x.is_floating_point() or not x.dim() or x.shape[-1] != weight.shape[1]:
+        raise KernelError(
+            f"activations are {x.dtype} {tuple(x.shape)}; a weight {tuple(weight.shape)} takes "
+            f"floats (..., {weight.shape[1]})."
+        )
+    return weight
+
+
+def _product(x: Tensor, scale: Tensor, row: Tensor, number: int) -> Tensor:  # noqa: ARG001
+    return _checked(x, number).product_of(x)
+
+
+def _values(scale: Tensor, row: Tensor, like: Tensor, number: int) -> Tensor:  # noqa: ARG001
+    return _weight(number).values_of()
+
+
+def _fake_product(x: Tensor, scale: Tensor, row: Tensor, number: int) -> Tensor:  # noqa: ARG001
+    return x.new_empty((*x.shape[:-1], _checked(x, number).shape[0]))
+
+
+def _fake_values(scale: Tensor, row: Tensor, like: Tensor, number: int) -> Tensor:  # noqa: ARG001
+    return like.new_empty(_weight(number).shape)
+
+
+def _refusing_product(x: Tensor, scale: Tensor, row: Tensor, number: int) -> Tensor:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise KernelError(
+            "a gradient through a product of a kernel was asked for, and there is none. Compute "
+            "under torch.no_grad(), or with plyweight.set_kernel(model, 'reference')."
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return product(x, scale, row, number)
+
+
+# Not `torch.library.custom_op`, whose wrapper takes 9 µs a call, twice this one's: a product of a
+# small weight takes 10.
+_library = torch.library.Library("plyweight", "DEF")
+_library.define("product(Tensor x, Tensor scale, Tensor row, int number) -> Tensor")
+_library.define("values(Tensor scale, Tensor row, Tensor like, int number) -> Tensor")
+for _device in ("CPU", "CUDA"):
+    _library.impl("product", _product, _device)
+    _library.impl("values", _values, _device)
+_library.impl("product", _refusing_product, "Autograd")
+torch.library.register_fake("plyweight::product", _fake_product, lib=_library)
+torch.library.register_fake("plyweight::values", _fake_values, lib=_library)
