@@ -1,11 +1,11 @@
 """How fast do codes become bit planes, and planes codes again?
 
-    python benchmarks/codec.py                  # half a minute on one core
+    python benchmarks/codec.py                  # a minute on one core
 
-Of 1 to 8 planes: pack (``to_planes``), unpack (``from_planes``), and the definitions that both must
-equal, against ``numpy.copy`` of the codes. All in one process and one thread, one of each in turn,
-medians. Figures are GB/s of codes (a code is a byte) for each core: time is what the process spent
-on a CPU, so that what else the machine does changes little.
+Of 1 to 8 planes: pack (``to_planes``) and unpack (``from_planes``) by every kernel that runs here,
+and the definitions that all must equal, against ``numpy.copy`` of the codes. All in one process and
+one thread, one of each in turn, medians. Figures are GB/s of codes (a code is a byte) for each
+core: time is what the process spent on a CPU, so that what else the machine does changes little.
 """
 
 import argparse
@@ -22,12 +22,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
+from plyweight import native
 from plyweight.artifact import publish_atomically
 from plyweight.codec import codes_at, from_planes, to_planes
 from plyweight.codec.planes import from_planes_reference, to_planes_reference
 
 RESULTS = Path(__file__).parent / "results"
 BIT_WIDTHS = range(1, 9)
+KERNELS = native.available()
+COLUMNS = (*KERNELS, "definition")
 
 
 def main() -> None:
@@ -65,12 +68,19 @@ def variants_of(num_codes: int) -> dict[tuple[str, int], Callable[[], object]]:
     variants: dict[tuple[str, int], Callable[[], object]] = {("copy", 0): codes.copy}
     for bit_width in BIT_WIDTHS:
         held = codes_at(codes, bit_width)
-        planes = to_planes(held, bit_width)
-        assert np.array_equal(planes, to_planes_reference(held, bit_width))
-        assert np.array_equal(from_planes(planes, held.shape), held)
+        planes = to_planes_reference(held, bit_width)
+        for kernel in KERNELS:
+            assert np.array_equal(to_planes(held, bit_width, kernel=kernel), planes)
+            assert np.array_equal(from_planes(planes, held.shape, kernel=kernel), held)
+            variants |= {
+                (f"pack, {kernel}", bit_width): lambda c=held, b=bit_width, k=kernel: to_planes(
+                    c, b, kernel=k
+                ),
+                (f"unpack, {kernel}", bit_width): lambda p=planes, c=held, k=kernel: from_planes(
+                    p, c.shape, kernel=k
+                ),
+            }
         variants |= {
-            ("pack", bit_width): lambda c=held, b=bit_width: to_planes(c, b),
-            ("unpack", bit_width): lambda p=planes, c=held: from_planes(p, c.shape),
             ("pack, definition", bit_width): lambda c=held, b=bit_width: to_planes_reference(c, b),
             ("unpack, definition", bit_width): lambda p=planes, c=held: from_planes_reference(
                 p, c.shape
@@ -80,19 +90,24 @@ def variants_of(num_codes: int) -> dict[tuple[str, int], Callable[[], object]]:
 
 
 def as_markdown(rows: list[dict]) -> str:
-    """One line for each bit-width."""
+    """A table for each direction, one line for each bit-width."""
     cells = {
         (row["what"], row["bit_width"]): "{:.2f} ({:.2f} - {:.2f})".format(
             row["gb_per_s"], *row["range"]
         )
         for row in rows
     }
-    columns = ("pack", "unpack", "pack, definition", "unpack, definition")
-    lines = [f"| planes | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for bit_width in BIT_WIDTHS:
-        values = " | ".join(cells[column, bit_width] for column in columns)
-        lines.append(f"| {bit_width} | {values} |")
-    return "\n".join([*lines, f"\nA copy: {cells['copy', 0]} GB/s."])
+    lines = []
+    for direction in ("pack", "unpack"):
+        lines += [
+            f"| {direction}, planes | {' | '.join(COLUMNS)} |",
+            "|---" * (len(COLUMNS) + 1) + "|",
+        ]
+        for bit_width in BIT_WIDTHS:
+            values = " | ".join(cells[f"{direction}, {column}", bit_width] for column in COLUMNS)
+            lines.append(f"| {bit_width} | {values} |")
+        lines.append("")
+    return "\n".join([*lines, f"A copy: {cells['copy', 0]} GB/s."])
 
 
 def write(options: argparse.Namespace, table: str, rows: list[dict]) -> None:

@@ -7,7 +7,8 @@ What this file asks of the native module, beside what :mod:`plyweight.native` do
       .drop_plane()               the last one; its memory goes back to the system
       .num_planes  .nbytes
       .plane(index)               uint8 (bytes,) in the wire layout again
-      .levels(bits, start, stop)  int8 (stop - start, in)
+      .levels(bits, start, stop, variant, threads)
+                                  int8 (stop - start, in)
       .product(x, scale, bits, mode, variant, threads)
                                   float32 (m, in), float32 (out * groups,) -> float32 (m, out)
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from plyweight.codec import spread
 from plyweight.errors import KernelError, LayeringError, listed
 from plyweight.kernels import MAX_GROUP_INPUTS, MODES, Kernel, Mode, PlaneMatrix, pick
 from plyweight.nn import products
@@ -99,22 +101,27 @@ class KernelWeight(PackedWeight):
         own = self._own(self.bit_width)
         rows = x.detach().reshape(-1, self.shape[1]).float().contiguous()
         y = self._matrix.product(
-            rows.numpy(),
-            self.scale_at(own).numpy(),
+            _given(rows),
+            _given(self.scale_at(own)),
             own,
             mode=self.mode,
             num_threads=torch.get_num_threads(),
         )
-        return torch.from_numpy(y).to(x.dtype).view(*x.shape[:-1], self.shape[0])
+        return _taken(y).to(x.dtype).view(*x.shape[:-1], self.shape[0])
 
     def values_of(self) -> Tensor:
         """What the operator computes: the weight, decoded."""
         own = self._own(self.bit_width)
+        scale = self.scale_at(own)
+        if self.kernel.device != "cpu":
+            levels = _taken(self._matrix.levels(own)).float()
+            factors: Tensor = spread(scale, self.shape, self.group_size)
+            return (levels * factors).to(self._like.dtype)
 
-        def levels_of(start: int, stop: int) -> Any:
+        def levels_of(start: int, stop: int) -> NDArray[np.int8]:
             return self._matrix.levels(own, start, stop)
 
-        return self._values_by_block(levels_of, self.scale_at(own))
+        return self._values_by_block(levels_of, scale)
 
     def scale_at(self, own: int) -> Tensor:
         """The scale at own bit-width ``own``, its gain included, float32.
@@ -135,8 +142,7 @@ class KernelWeight(PackedWeight):
         first, num = sum(self._num_planes[:layer]), self._num_planes[layer]
         if not num:
             return None
-        rows = [self._matrix.plane(index) for index in range(first, first + num)]
-        return torch.from_numpy(np.stack(rows)).to(self.scale.device)
+        return torch.stack([_taken(self._matrix.plane(i)) for i in range(first, first + num)])
 
     def _hold_planes(self, layer: int, planes: Tensor | None) -> None:
         while self._matrix.num_planes > sum(self._num_planes[:layer]):
@@ -160,7 +166,7 @@ class KernelWeight(PackedWeight):
         if moves:
             moved = kernel.matrix(self._shape(), group_size=self.group_size)
             for index in range(self._matrix.num_planes):
-                moved.add_plane(self._matrix.plane(index))
+                moved.add_plane(_given(_taken(self._matrix.plane(index)).to(device)))
             self.kernel, self._matrix = kernel, moved
         return result
 
@@ -205,7 +211,17 @@ def _become_plain(weight: PackedWeight) -> None:
 
 def _add(matrix: PlaneMatrix, planes: Tensor | None) -> None:
     for row in () if planes is None else planes:
-        matrix.add_plane(row.numpy(force=True))
+        matrix.add_plane(_given(row))
+
+
+def _given(tensor: Tensor) -> Any:
+    """``tensor`` as a kernel takes it: an array on the CPU, itself on a device."""
+    return tensor.numpy() if tensor.is_cpu else tensor
+
+
+def _taken(array: Any) -> Tensor:
+    """What a kernel gave, as a tensor."""
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
 
 def set_kernel(model: nn.Module, kernel: str = "auto", *, mode: Mode = "float") -> None:

@@ -1,0 +1,104 @@
+"""The pieces that benchmarks/kernels.py measured, as tables."""
+
+from typing import Any
+
+__all__ = ["as_markdown", "summary"]
+
+WIDTHS = range(1, 9)
+GROUPS = ("-", "128", "32")
+OTHER_WIDTHS = (2, 4, 8)  # that MatMulNBits has
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """The page."""
+    lines = [
+        "# Products with bit planes",
+        "",
+        "Milliseconds, medians; in parentheses how much faster than what the column is compared",
+        "with (above 1 is faster). `g128`, `g32`: groups of inputs that share a scale; `g-`: one",
+        "scale for each output channel. `int8`: activations are rounded to 8 bits, as ONNX Runtime",
+        "does at accuracy level 4; `float`: they are not. All bit-widths of a granularity are",
+        "computed from the same planes. `bandwidth` is that of reading as many bytes as planes.",
+    ]
+    pieces = found["pieces"]
+    if any("plyweight int8 4 g128" in first_of(piece) for piece in pieces.values()):
+        lines += ["", "## One row, beside ONNX Runtime", "", *summary(found)]
+    for name, piece in pieces.items():
+        shape, threads = name.split()
+        lines += ["", f"## {shape}, {threads} thread{'s' if threads != '1' else ''}"]
+        for m, batch in piece["batches"].items():
+            lines += ["", f"### m = {m}, {batch['rounds']} rounds", "", *batch_table(piece, m)]
+        conditions = piece["conditions"]
+        versions = " · ".join(f"{n} {v}" for n, v in conditions["versions"].items())
+        lines += [
+            "",
+            f"`python benchmarks/kernels.py --shape {shape} --threads {threads} "
+            f"--seconds {conditions['seconds']:g}` · kernel {piece['kernel']} · "
+            f"{conditions['machine']} · {versions} · {conditions['date']}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def first_of(piece: dict[str, Any]) -> dict[str, list[float]]:
+    """The seconds of the first number of rows."""
+    seconds: dict[str, list[float]] = next(iter(piece["batches"].values()))["seconds"]
+    return seconds
+
+
+def summary(found: dict[str, Any]) -> list[str]:
+    """Of m = 1: a line for each shape, number of threads and bit-width that both have."""
+    lines = [
+        "| out x in | threads | bits | int8 g128, ms | beside ONNX Runtime g128 | g32, ms | beside "
+        "ONNX Runtime g32 | to torch float32 |",
+        "|---" * 8 + "|",
+    ]
+    for name, piece in found["pieces"].items():
+        shape, threads = name.split()
+        seconds = piece["batches"].get("1", {}).get("seconds", {})
+        for bits in OTHER_WIDTHS:
+            if f"plyweight int8 {bits} g128" not in seconds:
+                continue
+            cells = [shape, threads, str(bits)]
+            for group in ("128", "32"):
+                own = seconds[f"plyweight int8 {bits} g{group}"][0]
+                other = seconds[f"ONNX Runtime {bits} g{group}"][0]
+                cells += [f"{own * 1e3:.3f}", f"{other / own:.2f} x"]
+            own = seconds[f"plyweight int8 {bits} g128"][0]
+            cells.append(f"{seconds['torch float32'][0] / own:.1f} x")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def batch_table(piece: dict[str, Any], m: str) -> list[str]:
+    """Of one number of rows: our bit-widths, then everybody else."""
+    seconds = {name: found[0] for name, found in piece["batches"][m]["seconds"].items()}
+    dense = min(seconds["torch float32"], seconds["torch bfloat16"])
+    lines = []
+    if "plyweight int8 1 g-" in seconds:
+        heads = [f"{mode} g{group}" for mode in ("int8", "float") for group in GROUPS]
+        lines += [
+            f"| bits | {' | '.join(heads)} | GB/s, int8 g128 | of bandwidth | slowest to the best "
+            "dense |",
+            "|---" * (len(heads) + 4) + "|",
+        ]
+        for bits in WIDTHS:
+            own = {
+                head: seconds[f"plyweight {head.split()[0]} {bits} {head.split()[1]}"]
+                for head in heads
+            }
+            read = piece["weight_bytes"][f"plyweight int8 {bits} g128"] / own["int8 g128"]
+            cells = [f"{own[head] * 1e3:.3f}" for head in heads]
+            cells += [
+                f"{read / 1e9:.1f}",
+                f"{read / piece['bandwidth'][str(bits)]:.0%}",
+                f"{dense / max(own[f'int8 g{group}'] for group in GROUPS):.2f} x",
+            ]
+            lines.append(f"| {bits} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += ["| other | ms | GB/s | to torch float32 |", "|---" * 4 + "|"]
+    for name, median in seconds.items():
+        if not name.startswith("plyweight"):
+            read = piece["weight_bytes"][name] / median / 1e9
+            speed = seconds["torch float32"] / median
+            lines.append(f"| {name} | {median * 1e3:.3f} | {read:.1f} | {speed:.2f} x |")
+    return lines
