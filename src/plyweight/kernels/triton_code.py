@@ -110,8 +110,7 @@ def _halves(word, exponent, PLACE: tl.constexpr, FIELD: tl.constexpr, BITS: tl.c
     middle: tl.constexpr = one * 2.0**-PLACE + 2.0 ** (FIELD - 1) - half_cell
     if PLACE == 0:
         return low - middle, high - middle
-    else:
-        return low * 2.0**-PLACE - middle, high * 2.0**-PLACE - middle
+    return low * 2.0**-PLACE - middle, high * 2.0**-PLACE - middle
 
 
 @triton.jit
@@ -155,8 +154,8 @@ def _tile(planes, exponent, FIRST: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.
     words = _fields(planes, BITS)
     if BITS == 8:
         w0, w1, w2, w3, w4, w5, w6, w7 = words
-        words = (_negative_up(w0), _negative_up(w1), _negative_up(w2), _negative_up(w3),
-                 _negative_up(w4), _negative_up(w5), _negative_up(w6), _negative_up(w7))  # fmt: skip
+        words = (_negative_up(w0), _negative_up(w1), _negative_up(w2), _negative_up(w3))
+        words += (_negative_up(w4), _negative_up(w5), _negative_up(w6), _negative_up(w7))
     one = ()
     for i in tl.static_range(COUNT):
         one = one + (
@@ -248,10 +247,9 @@ def _add_product(sums, levels, x, EMULATED: tl.constexpr):
 def _add_short_product(sums, levels, x, EMULATED: tl.constexpr):
     if EMULATED:  # the interpreter would multiply the bits of a bfloat16
         return tl.dot(levels.to(tl.float32), x.to(tl.float32), sums)
-    else:
-        # By way of float32: the direct conversion of a float16 to a bfloat16 is a slow instruction.
-        exact = levels if levels.dtype == x.dtype else levels.to(tl.float32).to(x.dtype)
-        return tl.dot(exact, x, sums)
+    # By way of float32: the direct conversion of a float16 to a bfloat16 is a slow instruction.
+    exact = levels if levels.dtype == x.dtype else levels.to(tl.float32).to(x.dtype)
+    return tl.dot(exact, x, sums)
 
 
 @triton.jit

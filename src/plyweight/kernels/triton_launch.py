@@ -22,6 +22,7 @@ __all__ = [
     "IS_WIDE",
     "MAX_ROWS",
     "Plan",
+    "Time",
     "candidates",
     "plan_for",
     "product",
@@ -66,6 +67,7 @@ class Plan:
 
 
 Key = tuple[object, ...]
+Time = Callable[[Callable[[], object]], float]
 _tuned: dict[Key, Plan] = {}
 
 
@@ -122,6 +124,7 @@ def product(
             EMULATED=EMULATED,
             num_warps=plan.warps,
             num_stages=plan.stages,
+            enable_fp_fusion=True,  # of a multiplication and a subtraction that are both exact
         )
         if plan.parts > 1:
             size = y.numel()
@@ -154,6 +157,7 @@ def values(
             WIDE=IS_WIDE,
             EMULATED=EMULATED,
             num_warps=1,
+            enable_fp_fusion=True,
         )
     return y
 
@@ -194,7 +198,7 @@ def tune(
     scale: Tensor,
     num_outputs: int,
     group_size: int | None,
-    time: Callable[[Callable[[], object]], float],
+    time: Time,
 ) -> Plan:
     """Measure the candidates with ``time`` and remember the fastest for this shape and width."""
     seconds: dict[Plan, float] = {}
