@@ -25,7 +25,7 @@ from plyweight.nn.packed import PackedLinear, PackedWeight
 
 __all__ = ["KernelWeight", "choose", "require_kernel", "set_kernel"]
 
-REFERENCE = "reference"
+REFERENCE, TRITON = "reference", "triton"
 
 
 class KernelWeight(PackedWeight):
@@ -99,9 +99,9 @@ class KernelWeight(PackedWeight):
     def product_of(self, x: Tensor) -> Tensor:
         """What the operator computes: the kernel's product of ``x`` in float32."""
         own = self._own(self.bit_width)
-        rows = x.detach().reshape(-1, self.shape[1]).float().contiguous()
+        rows = x.detach().reshape(-1, self.shape[1]).contiguous()
         y = self._matrix.product(
-            _given(rows),
+            rows if self.kernel.name == TRITON else _given(rows.float()),  # type: ignore[arg-type]
             _given(self.scale_at(own)),
             own,
             mode=self.mode,
@@ -113,7 +113,7 @@ class KernelWeight(PackedWeight):
         """What the operator computes: the weight, decoded."""
         own = self._own(self.bit_width)
         scale = self.scale_at(own)
-        if self.kernel.device != "cpu":
+        if self.kernel.name == TRITON:
             levels = _taken(self._matrix.levels(own)).float()
             factors: Tensor = spread(scale, self.shape, self.group_size)
             return (levels * factors).to(self._like.dtype)
@@ -268,7 +268,9 @@ def require_kernel(weight: PackedWeight, kernel: str, mode: Mode) -> None:
     if mode not in MODES:
         raise KernelError(f"the mode is {mode!r}; give one of {listed(MODES)}.")
     if not _is_plain(kernel, mode):
-        pick(kernel, device=weight.scale.device.type)
+        picked = pick(kernel, device=weight.scale.device.type)
+        if picked.name == TRITON and mode != "float":
+            raise KernelError(f"the kernel 'triton' has the mode 'float' only, not {mode!r}.")
     per_scale = min(weight.group_size or weight.shape[1], weight.shape[1])
     if mode == "int8" and per_scale > MAX_GROUP_INPUTS:
         raise KernelError(
