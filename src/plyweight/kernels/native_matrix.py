@@ -70,9 +70,7 @@ class NativeMatrix(PlaneMatrix):
         return plane
 
     def _levels(self, bit_width: int, start: int, stop: int) -> NDArray[np.int8]:
-        levels: NDArray[np.int8] = self._matrix.levels(
-            bit_width, start, stop, self._variant, 1
-        )
+        levels: NDArray[np.int8] = self._matrix.levels(bit_width, start, stop, self._variant, 1)
         return levels
 
     def _product(
