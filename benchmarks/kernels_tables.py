@@ -48,8 +48,8 @@ def model_table(model: dict[str, Any]) -> list[str]:
     lines = [
         f"{model['weights'] / 1e6:.1f} M weights in 8 linear modules; a plane of all weights is",
         f"{model['weights'] / 8e6:.1f} MB. MB are resident bytes above those of a process with",
-        "its libraries. Calls have one row. The longest call is that of another thread, which calls at",
-        "2 bits again and again while the model is upgraded to 8.",
+        "its libraries. Calls have one row. The longest call is that of another thread, which goes",
+        "on calling at 2 bits while the model is upgraded to 8.",
         "",
         "| kernel | call at 2 / 4 / 8 bits, ms | MB at 2 bits | upgrade to 8, ms | longest call "
         "meanwhile, ms | MB at 8 bits | MB downgraded to 2 | switch, µs a module |",
