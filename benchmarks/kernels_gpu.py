@@ -21,6 +21,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plyweight.codec import decode, from_planes, plane_bytes, spread
-from plyweight.kernels import pick
+from plyweight.kernels import pick, triton_launch
 from plyweight.kernels.triton_matrix import TritonMatrix
 
 ROOT = Path(__file__).parent
@@ -136,12 +137,10 @@ def measured(
         for rows, bits in product(all_rows, all_bits):
             checked(matrix, rows, bits, dtype)
             x = torch.randn(rows, shape[1], device="cuda").to(dtype)
-            if options.tune and rows <= 64:
-                matrix.tune(x, scale, bits, lambda run: graph_seconds([run] * 8, replays=5))
             copies = copies_of(matrix, bits)
-            seconds = graph_seconds([
-                lambda copy=copy: copy.product(x, scale, bits, mode="float") for copy in copies
-            ])  # fmt: skip
+            if options.tune and rows <= triton_launch.MAX_ROWS:
+                matrix.tune(x, bits, partial(seconds_of, x, scale, copies, replays=5))
+            seconds = seconds_of(x, scale, copies)
             moved = sum(plane.nbytes for plane in matrix._planes[:bits]) + scale.nbytes
             moved += x.nbytes + rows * shape[0] * x.element_size()
             cases.append(
@@ -169,6 +168,24 @@ def copies_of(matrix: TritonMatrix, bits: int) -> list[TritonMatrix]:
         copy._planes = [plane.clone() for plane in matrix._planes[:bits]]
         copies.append(copy)
     return copies
+
+
+def seconds_of(
+    x: Tensor,
+    scale: Tensor,
+    copies: list[TritonMatrix],
+    plan: triton_launch.Plan | None = None,
+    *,
+    replays: int = REPLAYS,
+) -> float:
+    """Of a product, launched as ``plan`` says, or as a matrix does by itself."""
+
+    def run(copy: TritonMatrix) -> object:
+        if plan is None:
+            return copy.product(x, scale, copy.num_planes, mode="float")
+        return triton_launch.product(x, copy._planes, scale, copy.shape[0], copy.group_size, plan)
+
+    return graph_seconds([partial(run, copy) for copy in copies], replays)
 
 
 def dense_seconds(shape: tuple[int, int], rows: int) -> float:

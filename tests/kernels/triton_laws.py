@@ -159,11 +159,7 @@ def test_tuning_keeps_the_fastest_plan_for_that_shape_and_width_alone(monkeypatc
     matrix, x, scales = matrix_of(codes), on_device(x, torch.float16), on_device(scale)
     seconds = iter([3.0, 1.0, *[2.0] * 30])
 
-    def time(product):
-        product()
-        return next(seconds)
-
-    matrix.tune(x, scales, 3, time)
+    matrix.tune(x, 3, lambda _: next(seconds))
     second = triton_launch.candidates(x, matrix._planes[:3], 40)[1]
     assert list(triton_launch._tuned.values()) == [second]
     launched = []

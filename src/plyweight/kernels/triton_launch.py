@@ -22,7 +22,7 @@ __all__ = [
     "IS_WIDE",
     "MAX_ROWS",
     "Plan",
-    "Time",
+    "Seconds",
     "candidates",
     "plan_for",
     "product",
@@ -66,8 +66,8 @@ class Plan:
     parts: int = 1
 
 
+Seconds = Callable[[Plan], float]
 Key = tuple[object, ...]
-Time = Callable[[Callable[[], object]], float]
 _tuned: dict[Key, Plan] = {}
 
 
@@ -195,23 +195,18 @@ def candidates(x: Tensor, planes: Sequence[Tensor], num_outputs: int) -> list[Pl
 def tune(
     x: Tensor,
     planes: Sequence[Tensor],
-    scale: Tensor,
     num_outputs: int,
     group_size: int | None,
-    time: Time,
-) -> Plan:
-    """Measure the candidates with ``time`` and remember the fastest for this shape and width."""
+    seconds_of: Seconds,
+) -> None:
+    """Measure the candidates and remember the fastest for this shape and width."""
     seconds: dict[Plan, float] = {}
     for plan in candidates(x, planes, num_outputs):
         try:
-            seconds[plan] = time(
-                lambda plan=plan: product(x, planes, scale, num_outputs, group_size, plan)  # type: ignore[misc]
-            )
+            seconds[plan] = seconds_of(plan)
         except triton.OutOfResources:  # too much shared memory for this device
             continue
-    best = min(seconds, key=seconds.__getitem__)
-    _tuned[_key(x, planes, num_outputs, group_size)] = best
-    return best
+    _tuned[_key(x, planes, num_outputs, group_size)] = min(seconds, key=seconds.__getitem__)
 
 
 def _key(x: Tensor, planes: Sequence[Tensor], num_outputs: int, group_size: int | None) -> Key:
