@@ -192,7 +192,7 @@ def dense_seconds(shape: tuple[int, int], rows: int) -> float:
     """Of torch's product in bfloat16."""
     x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    copies = [weight.clone() for _ in range(max(2, -(-COLD_BYTES // weight.nbytes)))]
+    copies = [weight.clone() for _ in range(min(-(-COLD_BYTES // weight.nbytes), MAX_COPIES))]
     return graph_seconds([lambda copy=copy: F.linear(x, copy) for copy in copies])
 
 

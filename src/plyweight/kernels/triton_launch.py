@@ -41,7 +41,8 @@ EMULATED = not isinstance(triton_code.product_of_few, triton.JITFunction)
 # between lanes, no correctness.
 IS_WIDE = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 
-# Of shared memory that the loads under way take in a program: two programs fit a multiprocessor.
+# Of shared memory that the loads under way take in a program, at most: two programs then fit a
+# multiprocessor of Hopper.
 STAGES_BYTES = 96 * 2**10
 
 _EXPONENT = {False: 0x64006400, True: 0x43004300}  # of two float16, of two bfloat16
@@ -220,7 +221,7 @@ def _staged(plan: Plan, x: Tensor, bits: int, deepest: int = 5) -> Plan:
     rows_bytes = INPUTS * plan.rows * x.element_size()
     stage = plan.warps * (per_warp + rows_bytes) if plan.is_few else plan.warps * per_warp
     stage += 0 if plan.is_few else rows_bytes
-    return replace(plan, stages=1 + max(1, min(deepest - 1, STAGES_BYTES // stage)))
+    return replace(plan, stages=1 + max(1, min(deepest - 1, _stages_bytes(x.device) // stage)))
 
 
 def _eight(planes: Sequence[Tensor]) -> list[Tensor]:
@@ -252,6 +253,16 @@ def _tile_is_wide(device: torch.device) -> bool:
         return IS_WIDE
     # Hopper's matrix unit for four warps always takes 2.
     return IS_WIDE and torch.cuda.get_device_capability(device)[0] != 9
+
+
+@cache
+def _stages_bytes(device: torch.device) -> int:
+    """Of STAGES_BYTES, what the device has; 4 kB are left for other uses."""
+    if device.type != "cuda":
+        return STAGES_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    has = getattr(properties, "shared_memory_per_block_optin", 2**16)  # ROCm does not say
+    return min(STAGES_BYTES, has - 2**12)
 
 
 @cache
