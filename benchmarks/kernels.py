@@ -101,7 +101,7 @@ def measured(shape: str, threads: int, options: argparse.Namespace) -> dict[str,
         "bandwidth": {
             str(b): bandwidth(out * num_inputs * b // 8, threads, options.quick) for b in BIT_WIDTHS
         },
-        "conditions": conditions(options),
+        "conditions": conditions(seconds=options.seconds),
     }
 
 
@@ -221,10 +221,10 @@ def bandwidth(num_bytes: int, threads: int, is_quick: bool) -> float:
     return best
 
 
-def conditions(options: argparse.Namespace) -> dict[str, Any]:
+def conditions(**of_the_run: object) -> dict[str, Any]:
     """Of a piece."""
     return {
-        "seconds": options.seconds,
+        **of_the_run,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
         "versions": {
             name: version(name) for name in ("plyweight", "torch", "onnxruntime", "numpy")

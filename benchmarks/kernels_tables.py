@@ -23,20 +23,50 @@ def as_markdown(found: dict[str, Any]) -> str:
     pieces = found["pieces"]
     if any("plyweight int8 4 g128" in first_of(piece) for piece in pieces.values()):
         lines += ["", "## One row, beside ONNX Runtime", "", *summary(found)]
+    if "model" in found:
+        lines += ["", "## A loaded model", "", *model_table(found["model"])]
     for name, piece in pieces.items():
         shape, threads = name.split()
         lines += ["", f"## {shape}, {threads} thread{'s' if threads != '1' else ''}"]
         for m, batch in piece["batches"].items():
             lines += ["", f"### m = {m}, {batch['rounds']} rounds", "", *batch_table(piece, m)]
-        conditions = piece["conditions"]
-        versions = " · ".join(f"{n} {v}" for n, v in conditions["versions"].items())
-        lines += [
-            "",
-            f"`python benchmarks/kernels.py --shape {shape} --threads {threads} "
-            f"--seconds {conditions['seconds']:g}` · kernel {piece['kernel']} · "
-            f"{conditions['machine']} · {versions} · {conditions['date']}",
-        ]
+        seconds = piece["conditions"]["seconds"]
+        command = f"kernels.py --shape {shape} --threads {threads} --seconds {seconds:g}"
+        lines += ["", f"{run_as(command, piece['conditions'])} · kernel {piece['kernel']}"]
     return "\n".join(lines) + "\n"
+
+
+def run_as(command: str, conditions: dict[str, Any]) -> str:
+    """How a table was made."""
+    versions = " · ".join(f"{name} {number}" for name, number in conditions["versions"].items())
+    machine, date = conditions["machine"], conditions["date"]
+    return f"`python benchmarks/{command}` · {machine} · {versions} · {date}"
+
+
+def model_table(model: dict[str, Any]) -> list[str]:
+    """What a kernel means for a model."""
+    lines = [
+        f"{model['weights'] / 1e6:.1f} M weights in 8 linear modules; a plane of all weights is",
+        f"{model['weights'] / 8e6:.1f} MB. MB are resident bytes above those of a process with",
+        "its libraries. Calls have one row. The longest call is that of another thread, which calls at",
+        "2 bits again and again while the model is upgraded to 8.",
+        "",
+        "| kernel | call at 2 / 4 / 8 bits, ms | MB at 2 bits | upgrade to 8, ms | longest call "
+        "meanwhile, ms | MB at 8 bits | MB downgraded to 2 | switch, µs a module |",
+        "|---" * 8 + "|",
+    ]
+    for row in model["rows"]:
+        calls = " / ".join(f"{row[f'call_{b}_s'] * 1e3:.2f}" for b in (2, 4, 8))
+        sizes = {
+            key: f"{row[f'{key}_bytes'] / 1e6:.1f}"
+            for key in ("two_bits", "eight_bits", "downgraded")
+        }
+        lines.append(
+            f"| {row['kernel']}, {row['mode']} | {calls} | {sizes['two_bits']} | "
+            f"{row['upgrade_s'] * 1e3:.0f} | {row['longest_wait_s'] * 1e3:.1f} | "
+            f"{sizes['eight_bits']} | {sizes['downgraded']} | {row['switch_s'] * 1e6:.2f} |"
+        )
+    return [*lines, "", run_as("kernels_model.py", model["conditions"])]
 
 
 def first_of(piece: dict[str, Any]) -> dict[str, list[float]]:

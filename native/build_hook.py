@@ -35,8 +35,8 @@ NOTE = "_native_missing.txt"  # why there is no library; plyweight.native reads 
 
 MODE = "PLYWEIGHT_NATIVE"
 MODES = ("auto", "require", "skip")
-NANOBIND = "nanobind>=2.10"
-CMAKE = "cmake>=3.18"
+NANOBIND = "nanobind>=3"  # the series checked
+CMAKE = "cmake>=3.18"  # as native/CMakeLists.txt asks
 NINJA = "ninja>=1.10"
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -123,11 +123,20 @@ def _run(command: list[str]) -> None:
         )
     except OSError as error:
         raise NotBuiltError(f"{command[0]} cannot be run ({error})") from error
-    print(done.stdout)
+    print(done.stdout)  # pip shows it with -v
     if done.returncode:
-        lines = [line.strip() for line in done.stdout.splitlines() if "rror" in line]
-        said = lines[0] if lines else f"exit code {done.returncode}"
-        raise NotBuiltError(f"`{' '.join(command[:2])}` failed: {said}")
+        raise NotBuiltError(f"`{' '.join(command[:2])}` failed: {_complaint(done.stdout)}")
+
+
+def _complaint(output: str) -> str:
+    """The first error in what CMake or a compiler said, as one line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for index, line in enumerate(lines):
+        if line.startswith("CMake Error"):  # its place; the sentence comes in the lines below
+            return " ".join(lines[index + 1 : index + 4]) or line
+        if "error:" in line:
+            return line
+    return lines[-1] if lines else "it said nothing"
 
 
 def place(library: Path) -> Path:
@@ -162,11 +171,12 @@ class NativeBuildHook(BuildHookInterface[Any]):
             if wanted == "require":
                 raise SystemExit(f"the native library is required ({MODE}), but {error}") from error
             self.app.display_warning(f"without the native library: {error}")
-            (PACKAGE / LIBRARY).unlink(missing_ok=True)  # of other sources, by now
-            note = PACKAGE / NOTE if is_editable else folder / NOTE
-            note.write_text(f"{error}\n")
-            if not is_editable:
-                build_data["force_include"][str(note)] = f"plyweight/{NOTE}"
+            if is_editable:
+                (PACKAGE / LIBRARY).unlink(missing_ok=True)  # of other sources, by now
+                (PACKAGE / NOTE).write_text(f"{error}\n")
+            else:
+                (folder / NOTE).write_text(f"{error}\n")
+                build_data["force_include"][str(folder / NOTE)] = f"plyweight/{NOTE}"
             return
         build_data["pure_python"] = False
         build_data["infer_tag"] = True

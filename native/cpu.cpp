@@ -90,10 +90,7 @@ std::vector<std::string> detect() { return {}; }
 #endif
 
 bool has(std::initializer_list<const char*> names) {
-    const auto& found = cpu_features();
-    return std::all_of(names.begin(), names.end(), [&](const char* name) {
-        return std::find(found.begin(), found.end(), name) != found.end();
-    });
+    return std::all_of(names.begin(), names.end(), cpu_has);
 }
 
 }  // namespace
@@ -101,6 +98,11 @@ bool has(std::initializer_list<const char*> names) {
 const std::vector<std::string>& cpu_features() {
     static const std::vector<std::string> features = detect();
     return features;
+}
+
+bool cpu_has(const char* feature) {
+    const auto& found = cpu_features();
+    return std::find(found.begin(), found.end(), feature) != found.end();
 }
 
 bool runs(Variant variant) {

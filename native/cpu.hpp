@@ -13,6 +13,9 @@ enum class Variant { portable, neon, avx2, avx512 };
 // Of the instruction sets that matter here, those that the processor has and the system saves.
 const std::vector<std::string>& cpu_features();
 
+// Whether `feature` is one of them.
+bool cpu_has(const char* feature);
+
 // Whether the variant is part of this build and this processor can run it.
 bool runs(Variant variant);
 

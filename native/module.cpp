@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu.hpp"
+#include "module.hpp"
 #include "planes.hpp"
 
 namespace nb = nanobind;
@@ -19,12 +20,6 @@ namespace {
 using BytesIn = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using BytesOut = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using RowsOut = nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-[[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
-
-void check_runs(Variant variant) {
-    if (!runs(variant)) refuse("this variant cannot run here; ask variants() for those that can");
-}
 
 void check_planes(std::size_t num_planes, std::size_t bytes, std::size_t num_codes) {
     if (num_planes < 1 || num_planes > kMaxPlanes) {
@@ -87,4 +82,5 @@ NB_MODULE(_native, m) {
           nb::arg("variant"));
     m.def("unpack_planes", &unpack_planes, nb::arg("planes").noconvert(),
           nb::arg("codes").noconvert(), nb::arg("variant"));
+    bind_products(m);
 }

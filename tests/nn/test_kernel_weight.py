@@ -17,12 +17,13 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import plyweight
-from plyweight.artifact import MemorySource
+from plyweight.artifact import ArtifactReader, MemorySource
 from plyweight.codec import decode, from_planes
 from plyweight.errors import KernelError, LayeringError
 from plyweight.kernels import MODES
 from plyweight.kernels.reference import error_bound, int8_product
 from plyweight.loading import downgrade, load, upgrade
+from plyweight.loading.held import HeldLayers
 from plyweight.nn import set_bit_width
 from plyweight.nn.kernel_weight import KernelWeight, set_kernel
 from plyweight.nn.packed import PackedLinear, PackedWeight
@@ -225,29 +226,52 @@ def test_an_upgrade_moves_no_plane_that_is_there(grouped, kernel, mode):
     require(kernel)
     net = loaded(grouped, bit_width=2, kernel=kernel, mode=mode)
     added, matrix = [], net.first.packed_weight._matrix
-    add_plane = matrix.add_plane
-    matrix.add_plane = lambda plane: (added.append(plane), add_plane(plane))
+    ready = matrix.ready
+    matrix.ready = lambda plane: (added.append(plane), ready(plane))[1]
     upgrade(net, MemorySource(grouped), bit_width=4)
     assert net.first.packed_weight._matrix is matrix
     assert len(added) == 2
+    assert matrix.num_planes == 4
+
+
+@choices
+def test_a_kernel_that_changes_while_an_upgrade_is_read_takes_the_planes_too(grouped, kernel, mode):
+    require(kernel)
+    net = loaded(grouped, bit_width=2, kernel=kernel, mode=mode)
+    layers = HeldLayers.of(net)
+    reader = ArtifactReader(MemorySource(grouped))
+    ready = {i: layers.ready(reader.read_layer(i)) for i in (2, 3)}
+    set_kernel(net, "reference")
+    set_kernel(net, kernel, mode=mode)  # another matrix
+    assert layers.grow(ready, 4, lambda: None)
+    with torch.no_grad():
+        assert_linear_modules_compute_the_product(net, mode)
 
 
 @kernels
-def test_an_upgrade_that_is_interrupted_leaves_the_kernel_as_it_was(grouped, kernel, monkeypatch):
+@pytest.mark.parametrize("after", [1, 2, 5, 9])
+def test_an_upgrade_that_is_interrupted_leaves_the_kernel_as_it_was(
+    grouped, kernel, after, monkeypatch
+):
     require(kernel)
     net = loaded(grouped, bit_width=3, kernel=kernel, mode="int8")
     matrix = type(net.first.packed_weight._matrix)
     with torch.no_grad():
         expected = net(IDS)
-    calls, add_plane = [], matrix.add_plane
+    calls, ready = [], matrix.ready
 
     def interrupted(self, plane):
-        calls.append(plane)
-        add_plane(self, plane)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
+        add = ready(self, plane)
 
-    monkeypatch.setattr(matrix, "add_plane", interrupted)
+        def then_interrupt():
+            calls.append(plane)
+            add()
+            if len(calls) == after:
+                raise KeyboardInterrupt
+
+        return then_interrupt
+
+    monkeypatch.setattr(matrix, "ready", interrupted)
     with pytest.raises(KeyboardInterrupt):
         upgrade(net, MemorySource(grouped))
     monkeypatch.undo()

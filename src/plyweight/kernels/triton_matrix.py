@@ -6,6 +6,8 @@ to 64 rows of activations planes are decoded in registers on the way to the matr
 the weight is decoded once and the BLAS multiplies.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,12 +73,21 @@ class TritonMatrix(PlaneMatrix):
         Raises:
             KernelError: If it is not uint8 of ``plane_bytes(shape)`` bytes, or 8 planes are held.
         """
-        plane = self._tensor(plane, "a plane", (torch.uint8,), (plane_bytes(self.shape),))
+        words = self._words(plane)
         if self.num_planes == MAX_BIT_WIDTH:
             raise KernelError(f"a plane more than {MAX_BIT_WIDTH}; a code has no more bits.")
+        self._planes.append(words)
+
+    def ready(self, plane: Given) -> Callable[[], None]:
+        """What adds ``plane`` at once; see :meth:`PlaneMatrix.ready`."""
+        return partial(self._planes.append, self._words(plane))
+
+    def _words(self, plane: Given) -> Tensor:
+        """``plane`` in the layout of the device."""
+        plane = self._tensor(plane, "a plane", (torch.uint8,), (plane_bytes(self.shape),))
         words = to_words(plane, self.shape, is_wide=triton_launch.IS_WIDE)
         # Ones' complement; see plyweight.kernels.triton_code.
-        self._planes.append(~words if not self._planes else words ^ ~self._planes[0])
+        return ~words if not self._planes else words ^ ~self._planes[0]
 
     def values(self, scale: Given, bit_width: int, dtype: torch.dtype) -> Tensor:
         """The weight at ``bit_width``, ``(out, in)``: what a packed module decodes, bit for bit.

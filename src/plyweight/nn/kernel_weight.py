@@ -8,7 +8,8 @@ is saved with one kernel is loaded with another.
     :func:`plyweight.set_kernel` chooses; ``print(model)`` shows what was chosen, and why.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,14 @@ from plyweight.nn.packed import PackedLinear, PackedWeight
 __all__ = ["KernelWeight", "choose", "require_kernel", "set_kernel"]
 
 REFERENCE, TRITON = "reference", "triton"
+
+
+@dataclass(frozen=True)
+class _ReadyPlanes:
+    """Planes that are in the layout of ``matrix`` already; each adder adds one."""
+
+    matrix: PlaneMatrix
+    adders: list[Callable[[], None]]
 
 
 class KernelWeight(PackedWeight):
@@ -144,10 +153,21 @@ class KernelWeight(PackedWeight):
             return None
         return torch.stack([_taken(self._matrix.plane(i)) for i in range(first, first + num)])
 
-    def _hold_planes(self, layer: int, planes: Tensor | None) -> None:
+    def ready(self, planes: Tensor) -> object:
+        """The planes in the kernel's layout: what is left to do takes no time."""
+        matrix = vars(self).get("_matrix")  # another thread may be changing the kernel
+        if matrix is None or not matrix.num_planes:
+            return None  # the first planes: nobody waits for them yet
+        return _ReadyPlanes(matrix, [matrix.ready(_given(row)) for row in planes])
+
+    def _hold_planes(self, layer: int, planes: Tensor | None, ready: object) -> None:
         while self._matrix.num_planes > sum(self._num_planes[:layer]):
             self._matrix.drop_plane()  # of a change that was interrupted
-        _add(self._matrix, planes)
+        if isinstance(ready, _ReadyPlanes) and ready.matrix is self._matrix:
+            for add in ready.adders:
+                add()
+        else:  # the kernel is another one by now
+            _add(self._matrix, planes)
         self._num_planes[layer:] = [0 if planes is None else len(planes)]
         self._gained = None
 

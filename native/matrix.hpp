@@ -1,0 +1,82 @@
+// A weight (out, in) as bit planes in the compute layout (layout.hpp).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <array>
+#include <memory>
+#include <mutex>
+
+#include "layout.hpp"
+
+namespace plyweight {
+
+// Zeroed memory for a plane, aligned to a line; large ones in pages of their own, which go back to
+// the system when they are freed.
+class Lines {
+public:
+    explicit Lines(std::size_t bytes);
+    ~Lines();
+    Lines(const Lines&) = delete;
+    Lines& operator=(const Lines&) = delete;
+
+    std::uint8_t* data() const { return data_; }
+    std::size_t bytes() const { return bytes_; }
+
+private:
+    std::uint8_t* data_;
+    std::size_t bytes_;
+};
+
+// The first planes of a matrix, for as long as who computes with them holds them.
+using HeldPlanes = std::array<std::shared_ptr<const Lines>, kMaxBits>;
+
+// A plane in the compute layout that no matrix holds yet. But for a first one, its bits depend on the
+// signs of the matrix it is made for.
+struct ReadyPlane {
+    std::shared_ptr<const Lines> lines, signs;
+};
+
+// May be used by several threads at once: what computes keeps the planes it began with.
+class PlaneMatrix {
+public:
+    // group_size: inputs that share a scale; 0 for all.
+    PlaneMatrix(std::size_t out, std::size_t in, std::size_t group_size);
+
+    std::size_t out() const { return out_; }
+    std::size_t in() const { return in_; }
+    std::size_t group_size() const { return group_size_; }
+    std::size_t num_groups() const { return (in_ + group_size_ - 1) / group_size_; }
+    std::size_t group_blocks() const { return (group_size_ + kBlockInputs - 1) / kBlockInputs; }
+    // Of a row, in blocks: those of the last group stop with the last input.
+    std::size_t row_blocks() const;
+    std::size_t num_tiles() const { return (out_ + kTileRows - 1) / kTileRows; }
+    std::size_t wire_bytes() const { return (out_ * in_ + 7) / 8; }
+    std::size_t plane_bytes() const { return num_tiles() * row_blocks() * kLineBytes; }
+
+    int num_planes() const;
+    std::size_t nbytes() const;
+
+    // The next plane, in the wire layout: wire_bytes(). Throws std::invalid_argument at the ninth.
+    void add_plane(const std::uint8_t* wire);
+    // The same in two steps, of which the first takes long and changes nothing. The plane is a first
+    // one where none is held. Throws std::invalid_argument if it was made for other signs.
+    ReadyPlane ready_plane(const std::uint8_t* wire) const;
+    void add_plane(const ReadyPlane& plane);
+    // Throws std::invalid_argument if there is none.
+    void drop_plane();
+    // The first `count`. Throws std::invalid_argument if fewer are held.
+    HeldPlanes planes(int count) const;
+    // Plane `index` in the wire layout again, byte for byte.
+    void copy_plane(int index, std::uint8_t* wire) const;
+
+private:
+    void add(const ReadyPlane& plane);  // by who holds changing_
+    std::size_t out_, in_, group_size_;
+    std::mutex changing_;        // held by who adds or drops, from the beginning to the end
+    mutable std::mutex access_;  // held for as long as the two below are looked at
+    HeldPlanes planes_;
+    int num_planes_ = 0;
+};
+
+}  // namespace plyweight

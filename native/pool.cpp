@@ -1,0 +1,167 @@
+#include "pool.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace plyweight {
+namespace {
+
+constexpr int kMaxThreads = 256;
+// Layers of a model follow each other within this time; a futex takes as long to wake a thread.
+constexpr auto kSpin = std::chrono::microseconds(100);
+// A range is taken in so many parts, so that a thread that comes late or is held up delays the
+// others by one of them at most.
+constexpr std::size_t kParts = 8;
+
+void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// Units of one thread. It takes them from the front, and who has no more takes them as well.
+struct alignas(64) Range {
+    std::atomic<std::size_t> next{0};
+    std::size_t end = 0, step = 1;
+};
+
+class Pool {
+public:
+    void run(Work& work, std::size_t num_units, int num_threads) {
+        const std::unique_lock<std::mutex> mine(in_use_, std::try_to_lock);
+        if (!mine.owns_lock()) return work.run(0, num_units, 0);
+        num_threads = 1 + started(std::min(num_threads, kMaxThreads) - 1);
+        if (num_threads == 1) return work.run(0, num_units, 0);
+
+        work_ = &work;
+        num_threads_ = num_threads;
+        const auto n = static_cast<std::size_t>(num_threads);
+        for (std::size_t i = 0; i < n; ++i) {
+            const std::size_t begin = num_units * i / n, end = num_units * (i + 1) / n;
+            ranges_[i].next.store(begin, std::memory_order_relaxed);
+            ranges_[i].end = end;
+            ranges_[i].step = std::max<std::size_t>((end - begin + kParts - 1) / kParts, 1);
+        }
+        {
+            const std::lock_guard<std::mutex> lock(sleep_);
+            state_.store(++generation_ << 32 | kOpen, std::memory_order_release);
+            if (num_asleep_ > 0) wake_.notify_all();
+        }
+        work_on(work, 0);
+        // Nothing is left to take. Who has not joined by now need not, and is not waited for.
+        state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+        for (int i = 0; state_.load(std::memory_order_acquire) & kCount; ++i) {
+            if (i < 10000) pause();
+            else std::this_thread::yield();
+        }
+    }
+
+private:
+    // state_: the generation of the work, whether it may be joined, and how many have.
+    static constexpr std::uint64_t kOpen = std::uint64_t{1} << 31, kCount = kOpen - 1;
+
+    // Sees to it that so many threads wait for work, or as many as the system gives.
+    int started(int wanted) {
+        for (; num_started_ < wanted; ++num_started_) {
+            try {
+                std::thread([this, slot = num_started_ + 1] { serve(slot); }).detach();
+            } catch (const std::system_error&) {
+                break;
+            }
+        }
+        return std::min(num_started_, wanted);
+    }
+
+    [[noreturn]] void serve(int slot) {
+        std::uint64_t seen = 0;
+        for (;;) {
+            const std::uint64_t generation = next_generation(seen);
+            seen = generation;
+            std::uint64_t state = state_.load(std::memory_order_acquire);
+            bool joined = false;
+            while (!joined && state >> 32 == generation && (state & kOpen)) {
+                joined = state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel);
+            }
+            if (!joined) continue;
+            if (slot < num_threads_) work_on(*work_, slot);
+            state_.fetch_sub(1, std::memory_order_acq_rel);
+        }
+    }
+
+    std::uint64_t next_generation(std::uint64_t seen) {
+        const auto current = [this] { return state_.load(std::memory_order_acquire) >> 32; };
+        const auto until = std::chrono::steady_clock::now() + kSpin;
+        do {
+            for (int i = 0; i < 64; ++i) {
+                if (const auto generation = current(); generation != seen) return generation;
+                pause();
+            }
+        } while (std::chrono::steady_clock::now() < until);
+        std::unique_lock<std::mutex> lock(sleep_);
+        ++num_asleep_;
+        wake_.wait(lock, [&] { return current() != seen; });
+        --num_asleep_;
+        return current();
+    }
+
+    void work_on(Work& work, int slot) {
+        for (int i = 0; i < num_threads_; ++i) {
+            Range& range = ranges_[static_cast<std::size_t>((slot + i) % num_threads_)];
+            for (;;) {
+                const std::size_t begin =
+                    range.next.fetch_add(range.step, std::memory_order_relaxed);
+                if (begin >= range.end) break;
+                work.run(begin, std::min(begin + range.step, range.end), slot);
+            }
+        }
+    }
+
+    std::mutex in_use_, sleep_;
+    std::condition_variable wake_;
+    int num_asleep_ = 0, num_started_ = 0, num_threads_ = 1;
+    std::uint64_t generation_ = 0;
+    std::atomic<std::uint64_t> state_{0};
+    Work* work_ = nullptr;
+    Range ranges_[kMaxThreads];
+};
+
+// Never destroyed, for its threads wait until the process ends. A child of fork has none of them and
+// perhaps a locked lock: it starts with a new pool.
+std::atomic<Pool*> pool{nullptr};
+
+Pool& the_pool() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        pool = new Pool;
+#if defined(__unix__) || defined(__APPLE__)
+        pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+#endif
+    });
+    return *pool;
+}
+
+}  // namespace
+
+void run_parallel(Work& work, std::size_t num_units, int num_threads) {
+    if (num_units == 0) return;
+    if (num_threads < 2 || num_units < 2) return work.run(0, num_units, 0);
+    the_pool().run(work, num_units, num_threads);
+}
+
+}  // namespace plyweight

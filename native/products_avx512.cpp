@@ -1,0 +1,392 @@
+// A line of a plane at a time, in one register.
+//
+// For up to four rows of activations a tile is multiplied while it is being decoded; for more, bytes
+// are decoded to the first cache and used for all rows (products_tiles.hpp). Sums are of integers, so
+// both ways give the same.
+
+#include <immintrin.h>
+
+#include "products_tiles.hpp"
+
+namespace plyweight::avx512 {
+namespace {
+
+struct Register {
+    static constexpr std::size_t kBytes = 64;
+    __m512i bits;
+
+    static Register fill(std::uint8_t byte) { return {_mm512_set1_epi8(static_cast<char>(byte))}; }
+    static Register load(const std::uint8_t* from) { return {_mm512_load_si512(from)}; }
+    void store(std::uint8_t* to) const { _mm512_store_si512(to, bits); }
+    friend Register operator&(Register a, Register b) { return {_mm512_and_si512(a.bits, b.bits)}; }
+    friend Register operator^(Register a, Register b) { return {_mm512_xor_si512(a.bits, b.bits)}; }
+    friend Register operator<<(Register a, unsigned n) { return {_mm512_slli_epi16(a.bits, n)}; }
+    friend Register operator>>(Register a, unsigned n) { return {_mm512_srli_epi16(a.bits, n)}; }
+    static Register select(Register mask, Register a, Register b) {
+        return {_mm512_ternarylogic_epi32(mask.bits, a.bits, b.bits, 0xca)};
+    }
+};
+
+// Four codes of one row for every row of the weight.
+inline __m512i four(const std::int8_t* x) {
+    int word;
+    __builtin_memcpy(&word, x, 4);
+    return _mm512_set1_epi32(word);
+}
+
+// 16 x 16 floats, rows to columns: neighbours first, then pairs, then quarters of a register.
+inline void transpose(__m512* r) {
+    __m512 t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        const auto pair = [&](int k) { return _mm512_castps_pd(t[i + k]); };
+        r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair(0), pair(2)));
+        r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair(0), pair(2)));
+        r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair(1), pair(3)));
+        r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair(1), pair(3)));
+    }
+    for (int i = 0; i < 4; ++i) {
+        // Column i of each quarter, of rows 0 to 7 and of rows 8 to 15.
+        const __m512 a = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
+        const __m512 b = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
+        const __m512 c = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+        const __m512 d = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+        t[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+        t[8 + i] = _mm512_shuffle_f32x4(a, c, 0xdd);
+        t[4 + i] = _mm512_shuffle_f32x4(b, d, 0x88);
+        t[12 + i] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+struct Isa {
+    using Bits = Register;
+    static constexpr std::int32_t kBias = 128;
+
+    static void tile_scales(const ProductJob& job, std::size_t tile, float* scales) {
+        const std::size_t rows = smaller(kTileRows, job.out - tile * kTileRows);
+        const float* from = job.scale + tile * kTileRows * job.num_groups;
+        for (std::size_t group = 0; group < job.num_groups; group += 16) {
+            const std::size_t groups = smaller(16, job.num_groups - group);
+            const auto there = static_cast<__mmask16>((1u << groups) - 1);
+            for (std::size_t half = 0; half < kTileRows; half += 16) {
+                __m512 block[16];
+                for (std::size_t i = 0; i < 16; ++i) {
+                    const std::size_t row = half + i;
+                    block[i] = row < rows ? _mm512_maskz_loadu_ps(
+                                                there, from + row * job.num_groups + group)
+                                          : _mm512_setzero_ps();
+                }
+                transpose(block);
+                for (std::size_t i = 0; i < groups; ++i) {
+                    _mm512_storeu_ps(scales + (group + i) * kTileRows + half, block[i]);
+                }
+            }
+        }
+    }
+
+    template <int rows>
+    static void dot(const std::uint8_t* w, std::size_t quads, const std::int8_t* x,
+                    std::int32_t* sums, bool first) {
+        __m512i sum[rows][2];
+        for (int row = 0; row < rows; ++row) {
+            for (int half = 0; half < 2; ++half) {
+                sum[row][half] = first ? _mm512_setzero_si512()
+                                       : _mm512_loadu_si512(sums + row * 32 + half * 16);
+            }
+        }
+        for (std::size_t quad = 0; quad < quads; ++quad, w += 2 * kLineBytes, x += 4 * rows) {
+            const __m512i low = _mm512_load_si512(w), high = _mm512_load_si512(w + kLineBytes);
+            for (int row = 0; row < rows; ++row) {
+                const __m512i codes = four(x + 4 * row);
+                sum[row][0] = _mm512_dpbusd_epi32(sum[row][0], low, codes);
+                sum[row][1] = _mm512_dpbusd_epi32(sum[row][1], high, codes);
+            }
+        }
+        for (int row = 0; row < rows; ++row) {
+            for (int half = 0; half < 2; ++half) {
+                _mm512_storeu_si512(sums + row * 32 + half * 16, sum[row][half]);
+            }
+        }
+    }
+
+    template <int rows>
+    static void float_dot(const std::uint8_t* w, std::size_t quads, const float* x, float* sums,
+                          bool first) {
+        float_rows<rows, 0>(w, quads, x, sums, first);
+        if constexpr (rows > 4) float_rows<rows, 4>(w, quads, x, sums, first);
+    }
+
+    // Rows `begin` and up to three more. Even and odd inputs have sums of their own, for a sum waits
+    // for the one before it; that is so for any number of rows, which would differ else.
+    template <int rows, int begin>
+    static void float_rows(const std::uint8_t* w, std::size_t quads, const float* x, float* sums,
+                           bool first) {
+        constexpr int count = rows - begin < 4 ? rows - begin : 4;
+        __m512 sum[2][count][2];
+        for (int row = 0; row < count; ++row) {
+            for (int half = 0; half < 2; ++half) {
+                sum[0][row][half] = first ? _mm512_setzero_ps()
+                                          : _mm512_loadu_ps(sums + (begin + row) * 32 + half * 16);
+                sum[1][row][half] = _mm512_setzero_ps();
+            }
+        }
+        for (std::size_t quad = 0; quad < quads; ++quad, w += 2 * kLineBytes, x += 4 * rows) {
+            const __m512i words[2] = {_mm512_load_si512(w), _mm512_load_si512(w + kLineBytes)};
+            for (int q = 0; q < 4; ++q) {
+                __m512 level[2];
+                for (int half = 0; half < 2; ++half) {
+                    const __m512i top =
+                        _mm512_slli_epi32(words[half], static_cast<unsigned>(24 - 8 * q));
+                    level[half] = _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));
+                }
+                for (int row = 0; row < count; ++row) {
+                    const __m512 value = _mm512_set1_ps(x[q * rows + begin + row]);
+                    for (int half = 0; half < 2; ++half) {
+                        __m512& to = sum[q % 2][row][half];
+                        to = _mm512_fmadd_ps(level[half], value, to);
+                    }
+                }
+            }
+        }
+        for (int row = 0; row < count; ++row) {
+            for (int half = 0; half < 2; ++half) {
+                _mm512_storeu_ps(sums + (begin + row) * 32 + half * 16,
+                                 _mm512_add_ps(sum[0][row][half], sum[1][row][half]));
+            }
+        }
+    }
+};
+
+// Far enough ahead for what comes from memory; eight planes are more streams than the processor
+// follows by itself.
+constexpr std::size_t kAheadBytes = 2048;
+
+// Sums of one line of every plane with one row of activations, for each half of the rows. Where
+// codes stay where they are in their bytes, a sum is of codes times a power of two; `total` brings
+// all to codes at the top of bytes.
+template <int bits>
+struct LineSums;
+
+// A bit of every byte is a code: sums of its eight places.
+template <>
+struct LineSums<1> {
+    __m512i sum[8];
+    void clear() {
+        for (__m512i& s : sum) s = _mm512_setzero_si512();
+    }
+    void add(Register* planes, const std::int8_t* x) {
+        for (int quad = 0; quad < 4; ++quad) {
+            const __m512i codes = four(x + 4 * quad);
+            for (int place = quad; place < 8; place += 4) {
+                const Register bit = planes[0] & Register::fill(static_cast<std::uint8_t>(1 << place));
+                sum[place] = _mm512_dpbusd_epi32(sum[place], bit.bits, codes);
+            }
+        }
+    }
+    __m512i total(int half) const {
+        // 1, 2, 4 and 8 times a code, from the lowest place on.
+        const __m512i* s = sum + 4 * half;
+        const __m512i low = _mm512_add_epi32(_mm512_slli_epi32(s[0], 3), _mm512_slli_epi32(s[1], 2));
+        const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(s[2], 1), s[3]);
+        return _mm512_slli_epi32(_mm512_add_epi32(low, high), half == 0 ? 4 : 0);
+    }
+};
+
+// Pairs of bits: sums of four places, of odd and of even ones.
+template <>
+struct LineSums<2> {
+    __m512i sum[4][2];
+    void clear() {
+        for (auto& place : sum) place[0] = place[1] = _mm512_setzero_si512();
+    }
+    void add(Register* planes, const std::int8_t* x) {
+        Register found[2];
+        pairs(planes[0], planes[1], found[1], found[0]);
+        for (int quad = 0; quad < 4; ++quad) {
+            const __m512i codes = four(x + 4 * quad);
+            for (int half = 0; half < 2; ++half) {
+                const int place = 2 * half + quad / 2;
+                const auto mask = static_cast<std::uint8_t>(3 << 2 * place);
+                __m512i& to = sum[place][quad % 2];
+                to = _mm512_dpbusd_epi32(to, (found[quad % 2] & Register::fill(mask)).bits, codes);
+            }
+        }
+    }
+    __m512i total(int half) const {
+        const auto of = [this](int place) { return _mm512_add_epi32(sum[place][0], sum[place][1]); };
+        const __m512i both =
+            _mm512_add_epi32(_mm512_slli_epi32(of(2 * half), 2), of(2 * half + 1));
+        return _mm512_slli_epi32(both, half == 0 ? 4 : 0);
+    }
+};
+
+// Nibbles: sums of whole bytes and of their low nibbles.
+template <int bits>
+    requires(bits == 3 || bits == 4)
+struct LineSums<bits> {
+    __m512i whole[4], low[4];
+    void clear() {
+        for (int i = 0; i < 4; ++i) whole[i] = low[i] = _mm512_setzero_si512();
+    }
+    void add(Register* planes, const std::int8_t* x) {
+        Register quads[4];
+        nibbles<bits>(planes, quads);
+        for (int quad = 0; quad < 4; ++quad) {
+            const __m512i codes = four(x + 4 * quad);
+            whole[quad] = _mm512_dpbusd_epi32(whole[quad], quads[quad].bits, codes);
+            low[quad] =
+                _mm512_dpbusd_epi32(low[quad], (quads[quad] & Register::fill(0x0f)).bits, codes);
+        }
+    }
+    __m512i total(int half) const {
+        const auto of = [](const __m512i* s) {
+            return _mm512_add_epi32(_mm512_add_epi32(s[0], s[1]), _mm512_add_epi32(s[2], s[3]));
+        };
+        return half == 0 ? _mm512_slli_epi32(of(low), 4) : _mm512_sub_epi32(of(whole), of(low));
+    }
+};
+
+// Bytes.
+template <int bits>
+    requires(bits > 4)
+struct LineSums<bits> {
+    __m512i sum[2][4];
+    void clear() {
+        for (auto& half : sum) {
+            for (__m512i& s : half) s = _mm512_setzero_si512();
+        }
+    }
+    void add(Register* planes, const std::int8_t* x) {
+        Register halves[2][4];
+        codes<bits>(planes, halves);
+        for (int quad = 0; quad < 4; ++quad) {
+            const __m512i some = four(x + 4 * quad);
+            for (int half = 0; half < 2; ++half) {
+                sum[half][quad] = _mm512_dpbusd_epi32(sum[half][quad], halves[half][quad].bits, some);
+            }
+        }
+    }
+    __m512i total(int half) const {
+        return _mm512_add_epi32(_mm512_add_epi32(sum[half][0], sum[half][1]),
+                                _mm512_add_epi32(sum[half][2], sum[half][3]));
+    }
+};
+
+// The same for several rows of activations, which share the codes.
+template <int bits, int rows>
+struct RowsSums {
+    static constexpr int kWays = rows == 2 ? 2 : 1;
+    __m512i sum[rows][2][kWays];
+    void clear() {
+        for (auto& row : sum) {
+            for (auto& half : row) {
+                for (__m512i& s : half) s = _mm512_setzero_si512();
+            }
+        }
+    }
+    void add(Register* planes, const std::int8_t* x) {
+        Register halves[2][4];
+        codes<bits>(planes, halves);
+        for (int quad = 0; quad < 4; ++quad) {
+            for (int row = 0; row < rows; ++row) {
+                const __m512i some = four(x + (quad * rows + row) * 4);
+                for (int half = 0; half < 2; ++half) {
+                    __m512i& to = sum[row][half][quad % kWays];
+                    to = _mm512_dpbusd_epi32(to, halves[half][quad].bits, some);
+                }
+            }
+        }
+    }
+    __m512i total(int row, int half) const {
+        return kWays == 1 ? sum[row][half][0]
+                          : _mm512_add_epi32(sum[row][half][0], sum[row][half][kWays - 1]);
+    }
+};
+
+template <int bits>
+struct RowsSums<bits, 1> : LineSums<bits> {
+    __m512i total(int, int half) const { return LineSums<bits>::total(half); }
+};
+
+// A tile times 1 to 4 rows. `scales` is (groups, 32).
+template <int bits, int rows>
+void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
+    const std::uint8_t* planes[bits];
+    for (int p = 0; p < bits; ++p) planes[p] = job.planes[p] + tile * job.row_blocks * kLineBytes;
+    // What codes have more than levels: see layout.hpp.
+    constexpr int kRest = 128 - (1 << (8 - bits) >> 1);
+    __m512 y[rows][2];
+    for (auto& row : y) row[0] = row[1] = _mm512_setzero_ps();
+    const std::int8_t* x = job.codes;
+    std::size_t line = 0;
+    for (std::size_t group = 0; group < job.num_groups; ++group) {
+        const std::size_t end = smaller((group + 1) * job.group_blocks, job.row_blocks);
+        RowsSums<bits, rows> sums;
+        sums.clear();
+        for (; line < end; ++line, x += kBlockInputs * rows) {
+            Register held[bits];
+            for (int p = 0; p < bits; ++p) {
+                const std::uint8_t* at = planes[p] + line * kLineBytes;
+                _mm_prefetch(reinterpret_cast<const char*>(at + kAheadBytes), _MM_HINT_T0);
+                held[p] = Register::load(at);
+            }
+            sums.add(held, x);
+        }
+        for (int half = 0; half < 2; ++half) {
+            const __m512 scale = _mm512_loadu_ps(scales + group * kTileRows + half * 16);
+            for (int row = 0; row < rows; ++row) {
+                const std::size_t at = static_cast<std::size_t>(row) * job.num_groups + group;
+                const __m512i whole =
+                    _mm512_sub_epi32(sums.total(row, half), _mm512_set1_epi32(kRest * job.sums[at]));
+                const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(job.code_scales[at]), scale);
+                y[row][half] = _mm512_add_ps(y[row][half],
+                                             _mm512_mul_ps(_mm512_cvtepi32_ps(whole), factor));
+            }
+        }
+    }
+    const std::size_t columns = smaller(kTileRows, job.out - tile * kTileRows);
+    const auto valid = static_cast<std::uint32_t>((std::uint64_t{1} << columns) - 1);
+    for (std::size_t row = 0; row < rows; ++row) {
+        float* to = job.y + row * job.out + tile * kTileRows;
+        _mm512_mask_storeu_ps(to, static_cast<__mmask16>(valid), y[row][0]);
+        _mm512_mask_storeu_ps(to + 16, static_cast<__mmask16>(valid >> 16), y[row][1]);
+    }
+}
+
+template <int rows>
+void fused(const ProductJob& job, std::size_t tile, const float* scales) {
+    switch (job.bits) {
+        case 1: return fused_tile<1, rows>(job, tile, scales);
+        case 2: return fused_tile<2, rows>(job, tile, scales);
+        case 3: return fused_tile<3, rows>(job, tile, scales);
+        case 4: return fused_tile<4, rows>(job, tile, scales);
+        case 5: return fused_tile<5, rows>(job, tile, scales);
+        case 6: return fused_tile<6, rows>(job, tile, scales);
+        case 7: return fused_tile<7, rows>(job, tile, scales);
+        default: return fused_tile<8, rows>(job, tile, scales);
+    }
+}
+
+}  // namespace
+
+PLYWEIGHT_DEFINE_PRODUCTS(Isa)
+
+void int8_tiles(const ProductJob& job, std::size_t begin, std::size_t end, float* scratch) {
+    if (job.m > 4) return int8_tiles_of<Isa>(job, begin, end, scratch);
+    const Scratch own(job, scratch);
+    for (std::size_t tile = begin; tile < end; ++tile) {
+        Isa::tile_scales(job, tile, own.scales);
+        switch (job.m) {
+            case 1: fused<1>(job, tile, own.scales); break;
+            case 2: fused<2>(job, tile, own.scales); break;
+            case 3: fused<3>(job, tile, own.scales); break;
+            default: fused<4>(job, tile, own.scales); break;
+        }
+    }
+}
+
+}  // namespace plyweight::avx512
