@@ -22,7 +22,7 @@ __all__ = [
     "IS_WIDE",
     "MAX_ROWS",
     "Plan",
-    "Time",
+    "Seconds",
     "candidates",
     "plan_for",
     "product",
@@ -41,7 +41,8 @@ EMULATED = not isinstance(triton_code.product_of_few, triton.JITFunction)
 # between lanes, no correctness.
 IS_WIDE = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 
-# Of shared memory that the loads under way take in a program: two programs fit a multiprocessor.
+# Of shared memory that the loads under way take in a program, at most: two programs then fit a
+# multiprocessor of Hopper.
 STAGES_BYTES = 96 * 2**10
 
 _EXPONENT = {False: 0x64006400, True: 0x43004300}  # of two float16, of two bfloat16
@@ -66,8 +67,8 @@ class Plan:
     parts: int = 1
 
 
+Seconds = Callable[[Plan], float]
 Key = tuple[object, ...]
-Time = Callable[[Callable[[], object]], float]
 _tuned: dict[Key, Plan] = {}
 
 
@@ -195,23 +196,18 @@ def candidates(x: Tensor, planes: Sequence[Tensor], num_outputs: int) -> list[Pl
 def tune(
     x: Tensor,
     planes: Sequence[Tensor],
-    scale: Tensor,
     num_outputs: int,
     group_size: int | None,
-    time: Time,
-) -> Plan:
-    """Measure the candidates with ``time`` and remember the fastest for this shape and width."""
+    seconds_of: Seconds,
+) -> None:
+    """Measure the candidates and remember the fastest for this shape and width."""
     seconds: dict[Plan, float] = {}
     for plan in candidates(x, planes, num_outputs):
         try:
-            seconds[plan] = time(
-                lambda plan=plan: product(x, planes, scale, num_outputs, group_size, plan)  # type: ignore[misc]
-            )
+            seconds[plan] = seconds_of(plan)
         except triton.OutOfResources:  # too much shared memory for this device
             continue
-    best = min(seconds, key=seconds.__getitem__)
-    _tuned[_key(x, planes, num_outputs, group_size)] = best
-    return best
+    _tuned[_key(x, planes, num_outputs, group_size)] = min(seconds, key=seconds.__getitem__)
 
 
 def _key(x: Tensor, planes: Sequence[Tensor], num_outputs: int, group_size: int | None) -> Key:
@@ -225,7 +221,7 @@ def _staged(plan: Plan, x: Tensor, bits: int, deepest: int = 5) -> Plan:
     rows_bytes = INPUTS * plan.rows * x.element_size()
     stage = plan.warps * (per_warp + rows_bytes) if plan.is_few else plan.warps * per_warp
     stage += 0 if plan.is_few else rows_bytes
-    return replace(plan, stages=1 + max(1, min(deepest - 1, STAGES_BYTES // stage)))
+    return replace(plan, stages=1 + max(1, min(deepest - 1, _stages_bytes(x.device) // stage)))
 
 
 def _eight(planes: Sequence[Tensor]) -> list[Tensor]:
@@ -257,6 +253,16 @@ def _tile_is_wide(device: torch.device) -> bool:
         return IS_WIDE
     # Hopper's matrix unit for four warps always takes 2.
     return IS_WIDE and torch.cuda.get_device_capability(device)[0] != 9
+
+
+@cache
+def _stages_bytes(device: torch.device) -> int:
+    """Of STAGES_BYTES, what the device has; 4 kB are left for other uses."""
+    if device.type != "cuda":
+        return STAGES_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    has = getattr(properties, "shared_memory_per_block_optin", 2**16)  # ROCm does not say
+    return min(STAGES_BYTES, has - 2**12)
 
 
 @cache

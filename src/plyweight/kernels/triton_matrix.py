@@ -145,18 +145,20 @@ class TritonMatrix(PlaneMatrix):
             y = rows @ self.values(scale, bit_width, rows.dtype).T
         return y
 
-    def tune(self, x: Tensor, scale: Tensor, bit_width: int, time: triton_launch.Time) -> None:
+    def tune(self, x: Tensor, bit_width: int, seconds_of: triton_launch.Seconds) -> None:
         """Measure how products like this one are best launched, and remember it.
 
+        Without it a plan is chosen by shape.
+
         Args:
-            x: as of :meth:`product`, at most 64 rows.
-            scale: as of :meth:`product`.
-            bit_width: as of :meth:`product`.
-            time: seconds, or whatever grows with them, that a call takes.
+            x: activations, at most 64 rows.
+            bit_width: at most as many planes as are held.
+            seconds_of: how long ``triton_launch.product(…, plan)`` takes. Measure with weights
+                that the device's caches do not hold, for that is how a model runs.
         """
         self._require(bit_width)
         planes = self._planes[:bit_width]
-        triton_launch.tune(x, planes, scale, self.shape[0], self.group_size, time)
+        triton_launch.tune(x, planes, self.shape[0], self.group_size, seconds_of)
 
     def _drop_plane(self) -> None:
         self._planes.pop()
