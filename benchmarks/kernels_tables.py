@@ -15,11 +15,11 @@ def as_markdown(found: dict[str, Any]) -> str:
         "# Products with bit planes",
         "",
         "Milliseconds of the fastest request: others use the cores too, and a median says more",
-        "about who was interrupted (torch with its threads most of all; the JSON file has medians).",
-        "`x`: how many times as fast, above 1 is faster. `g128`, `g32`: groups of inputs that share",
-        "a scale; `g-`: one scale for each output channel. `int8`: activations are rounded to",
-        "8 bits, as ONNX Runtime does at accuracy level 4; `float`: they are not. All bit-widths of",
-        "a granularity are computed from the same planes. `bandwidth`: of reading as many bytes.",
+        "about who was interrupted (torch with its threads most of all; medians are in the JSON).",
+        "`x`: how many times as fast, above 1 is faster. `g128`, `g32`: groups of inputs that",
+        "share a scale; `g-`: one scale for each output channel. `int8`: activations are rounded",
+        "to 8 bits, as ONNX Runtime does at accuracy level 4; `float`: they are not. All bit-widths",
+        "of a granularity come from the same planes. `bandwidth`: of reading as many bytes.",
     ]
     pieces = found["pieces"]
     if any("plyweight int8 4 g128" in first_of(piece) for piece in pieces.values()):
