@@ -18,12 +18,14 @@ def as_markdown(found: dict[str, Any]) -> str:
         "about who was interrupted (torch with its threads most of all; medians are in the JSON).",
         "`x`: how many times as fast, above 1 is faster. `g128`, `g32`: groups of inputs that",
         "share a scale; `g-`: one scale for each output channel. `int8`: activations are rounded",
-        "to 8 bits, as ONNX Runtime does at accuracy level 4; `float`: they are not. All bit-widths",
-        "of a granularity come from the same planes. `bandwidth`: of reading as many bytes.",
+        "to 8 bits, as ONNX Runtime does at accuracy level 4; `float`: they are not. All widths of",
+        "a granularity come from the same planes. `bandwidth`: of reading as many bytes.",
     ]
     pieces = found["pieces"]
     if any("plyweight int8 4 g128" in first_of(piece) for piece in pieces.values()):
         lines += ["", "## One row, beside ONNX Runtime", "", *summary(found)]
+    if "instructions" in found:
+        lines += ["", "## Instructions", "", *instructions_table(found["instructions"])]
     if "model" in found:
         lines += ["", "## A loaded model", "", *model_table(found["model"])]
     for name, piece in pieces.items():
@@ -42,6 +44,22 @@ def run_as(command: str, conditions: dict[str, Any]) -> str:
     versions = " · ".join(f"{name} {number}" for name, number in conditions["versions"].items())
     machine, date = conditions["machine"], conditions["date"]
     return f"`python benchmarks/{command}` · {machine} · {versions} · {date}"
+
+
+def instructions_table(instructions: dict[str, Any]) -> list[str]:
+    """A line for each kernel and mode."""
+    lines = [
+        "Of one row, for each weight, 2048 x 512 in groups of 128, all that a call costs included;",
+        "counted by callgrind (`python benchmarks/kernels_counted.py`), which knows no AVX-512.",
+        "",
+        f"| kernel | {' | '.join(f'{b} bit' for b in WIDTHS)} |",
+        "|---" * 9 + "|",
+    ]
+    for kernel, modes in instructions.items():
+        for mode, counts in modes.items():
+            cells = " | ".join(f"{counts[str(b)]:.2f}" for b in WIDTHS)
+            lines.append(f"| {kernel}, {mode} | {cells} |")
+    return lines
 
 
 def model_table(model: dict[str, Any]) -> list[str]:
