@@ -45,6 +45,9 @@ IS_WIDE = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9
 # multiprocessor of Hopper.
 STAGES_BYTES = 96 * 2**10
 
+# A multiplication and a subtraction become one instruction; where levels are made both are exact.
+FUSION = True
+
 _EXPONENT = {False: 0x64006400, True: 0x43004300}  # of two float16, of two bfloat16
 
 
@@ -125,11 +128,13 @@ def product(
             EMULATED=EMULATED,
             num_warps=plan.warps,
             num_stages=plan.stages,
-            enable_fp_fusion=True,  # of a multiplication and a subtraction that are both exact
+            enable_fp_fusion=FUSION,
         )
         if plan.parts > 1:
             size = y.numel()
-            triton_code.sum_of_parts[(-(-size // 1024),)](to, y, size, plan.parts, BLOCK=1024)
+            triton_code.sum_of_parts[(-(-size // 1024),)](
+                to, y, size, plan.parts, BLOCK=1024, enable_fp_fusion=FUSION
+            )
     return y
 
 
@@ -158,7 +163,7 @@ def values(
             WIDE=IS_WIDE,
             EMULATED=EMULATED,
             num_warps=1,
-            enable_fp_fusion=True,
+            enable_fp_fusion=FUSION,
         )
     return y
 
