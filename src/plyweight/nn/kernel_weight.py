@@ -50,7 +50,7 @@ class KernelWeight(PackedWeight):
     _asked: str
     _matrix: PlaneMatrix
     _num_planes: list[int]
-    _gained: tuple[int, Tensor] | None
+    _scale: tuple[int, Any] | None
     _number: int
 
     @classmethod
@@ -73,7 +73,7 @@ class KernelWeight(PackedWeight):
         packed.__class__ = cls
         assert isinstance(packed, cls)
         packed.kernel, packed.mode, packed._asked = kernel, mode, asked
-        packed._matrix, packed._gained = matrix, None
+        packed._matrix, packed._scale = matrix, None
         packed._num_planes = [0 if planes is None else len(planes) for planes in layers]
         packed._number = products.numbered(packed)
 
@@ -106,17 +106,27 @@ class KernelWeight(PackedWeight):
         return y if bias is None else y + bias
 
     def product_of(self, x: Tensor) -> Tensor:
-        """What the operator computes: the kernel's product of ``x`` in float32."""
+        """What the operator computes: the kernel's product, rounded to the dtype of ``x``."""
+        # A small product takes 8 µs and every call into torch half of one, so none is made that
+        # would do nothing.
+        rows = x.detach() if x.dim() == 2 else x.detach().reshape(-1, self.shape[1])
+        if not rows.is_contiguous():
+            rows = rows.contiguous()
+        if rows.dtype != torch.float32 and self.kernel.name != TRITON:  # which takes others too
+            rows = rows.float()
         own = self._own(self.bit_width)
-        rows = x.detach().reshape(-1, self.shape[1]).contiguous()
-        y = self._matrix.product(
-            rows if self.kernel.name == TRITON else _given(rows.float()),  # type: ignore[arg-type]
-            _given(self.scale_at(own)),
-            own,
-            mode=self.mode,
-            num_threads=torch.get_num_threads(),
+        y = _taken(
+            self._matrix.product(
+                _given(rows),
+                self._given_scale(own),
+                own,
+                mode=self.mode,
+                num_threads=torch.get_num_threads(),
+            )
         )
-        return _taken(y).to(x.dtype).view(*x.shape[:-1], self.shape[0])
+        if y.dtype != x.dtype:
+            y = y.to(x.dtype)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.shape[0])
 
     def values_of(self) -> Tensor:
         """What the operator computes: the weight, decoded."""
@@ -132,19 +142,17 @@ class KernelWeight(PackedWeight):
 
         return self._values_by_block(levels_of, scale)
 
-    def scale_at(self, own: int) -> Tensor:
-        """The scale at own bit-width ``own``, its gain included, float32.
+    def _given_scale(self, own: int) -> Any:
+        """The scale at own bit-width ``own`` as the kernel takes it.
 
-        A gain is multiplied with once after a switch and not in every call: with groups that
-        takes as long as a fifth of a product.
+        Kept until the next switch: with groups, multiplying by a gain takes as long as a fifth of
+        a product.
         """
-        if f"gain_{own}" not in self._buffers:
-            return self.scale.float().contiguous()
-        gained = self._gained
-        if gained is None or gained[0] != own:
-            gained = own, super().scale_at(own).contiguous()
-            self._gained = gained
-        return gained[1]
+        kept = self._scale
+        if kept is None or kept[0] != own:
+            kept = own, _given(self.scale_at(own).contiguous())
+            self._scale = kept
+        return kept[1]
 
     def planes_of(self, layer: int) -> Tensor | None:
         """What :meth:`hold` was given for a layer that is held, as it is on the wire."""
@@ -169,20 +177,20 @@ class KernelWeight(PackedWeight):
         else:  # the kernel is another one by now
             _add(self._matrix, planes)
         self._num_planes[layer:] = [0 if planes is None else len(planes)]
-        self._gained = None
+        self._scale = None
 
     def _release_planes(self, layer: int) -> None:
         for _ in range(self._num_planes[layer]):
             self._matrix.drop_plane()
         del self._num_planes[layer:]
-        self._gained = None
+        self._scale = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         device = fn(self._like).device
         moves = device.type != self.kernel.device
         kernel = pick(self._asked, device=device.type) if moves else self.kernel
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._gained = None
+        self._scale = None
         if moves:
             moved = kernel.matrix(self._shape(), group_size=self.group_size)
             for index in range(self._matrix.num_planes):
@@ -208,7 +216,7 @@ class KernelWeight(PackedWeight):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__ | {"_buffers": dict(self._buffers)}
-        for name in ("kernel", "_matrix", "_gained", "_number"):
+        for name in ("kernel", "_matrix", "_scale", "_number"):
             del state[name]
         for layer in range(self.num_held):
             state["_buffers"][f"planes_{layer}"] = self.planes_of(layer)
