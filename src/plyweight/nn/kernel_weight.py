@@ -31,10 +31,10 @@ REFERENCE, TRITON = "reference", "triton"
 TILE_ROWS = 32  # that the native library decodes at a time
 
 # From how many rows of activations on it is faster, in the mode "float", to decode the weight and
-# let torch multiply, as the reference does. Everywhere else the kernel is as fast, or there is no
-# such number up to 256 rows (1024 x 1024, one thread, an EPYC of 2024: avx512 float 2.7 ms and int8 1.1 at
-# 256 rows, avx2 5.9 and 3.5, where torch takes 7.2 in float32 and 1.2 in bfloat16 without the 0.6
-# to decode). A processor that multiplies bfloat16 in hardware is one with AVX-512.
+# let torch multiply, as the reference does. Elsewhere the kernel is as fast up to 256 rows at least
+# (1024 x 1024, one thread of an EPYC with AVX-512, 256 rows: avx512 takes 2.7 ms in "float" and 1.1
+# in "int8", avx2 5.9 and 3.5, torch 7.2 in float32 and 1.2 in bfloat16, and decoding 0.6). What
+# multiplies bfloat16 in hardware has AVX-512.
 DENSE_ROWS = {
     ("portable", torch.float32): 8,
     ("portable", torch.bfloat16): 8,
