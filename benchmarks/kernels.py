@@ -7,7 +7,6 @@
 A piece is a shape and a number of threads; it replaces itself in benchmarks/results/kernels.json,
 and the table is made anew from all pieces. In a round each variant has a turn: a pause, in which
 threads of the variant before stop to spin; two requests that are not timed; three that are.
-Figures are medians over all rounds.
 
 One matrix holds the planes of all eight bit-widths, as a loaded model does, for each granularity:
 by output channel, and groups of 128 and 32. Bandwidth is that of reading as many bytes as the
