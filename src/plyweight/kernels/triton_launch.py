@@ -36,10 +36,10 @@ FEW_ROWS = 16  # up to which a program computes 16 outputs only, and its warps s
 # TRITON_INTERPRET=1 when triton was first imported: kernels run in Python, on tensors of the CPU.
 EMULATED = not isinstance(triton_code.product_of_few, triton.JITFunction)
 
-# Up to here, the compiler gives a lane 4 neighbouring inputs of a 16-bit operand that was joined
+# Up to 3.7, the compiler gives a lane 4 neighbouring inputs of a 16-bit operand that was joined
 # (`computeOrigBitWidth` in AccelerateMatmul.cpp), and 2 since. A wrong guess costs exchanges
 # between lanes, no correctness.
-IS_WIDE = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+IS_WIDE = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 
 # Of shared memory that the loads under way take in a program, at most: two programs then fit a
 # multiprocessor of Hopper.
