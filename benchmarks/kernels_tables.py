@@ -23,6 +23,7 @@ def as_markdown(found: dict[str, Any]) -> str:
     ]
     pieces = found["pieces"]
     if any("plyweight int8 4 g128" in first_of(piece) for piece in pieces.values()):
+        lines += ["", "## In short", "", *short(found)]
         lines += ["", "## One row, beside ONNX Runtime", "", *summary(found)]
     if "instructions" in found:
         lines += ["", "## Instructions", "", *instructions_table(found["instructions"])]
@@ -97,6 +98,31 @@ def seconds_of(piece: dict[str, Any], m: str) -> dict[str, float]:
     """Of the fastest request of every variant; none where that number of rows was not measured."""
     batch = piece["batches"].get(m, {"seconds": {}})
     return {name: smallest for name, (_, smallest, _) in batch["seconds"].items()}
+
+
+def short(found: dict[str, Any]) -> list[str]:
+    """What the README shows: m = 1, groups of 128, int8, the most threads that were measured."""
+    lines = [
+        "One row, groups of 128, milliseconds.",
+        "",
+        "| weight | threads | one copy of planes, 2 / 3 / 4 / 6 / 8 bits "
+        "| ONNX Runtime, 2 / 4 / 8 bits | torch, int4 / int8 | torch, bfloat16 / float32 |",
+        "|---" * 6 + "|",
+    ]
+    for name, piece in found["pieces"].items():
+        shape, threads = name.split()
+        seconds = seconds_of(piece, "1")
+        if threads == "1" or "plyweight int8 2 g128" not in seconds:
+            continue
+        cells = [
+            [f"plyweight int8 {b} g128" for b in (2, 3, 4, 6, 8)],
+            [f"ONNX Runtime {b} g128" for b in OTHER_WIDTHS],
+            ["torch int4 g128", "torch int8"],
+            ["torch bfloat16", "torch float32"],
+        ]
+        texts = [" / ".join(f"{seconds[n] * 1e3:.3g}" for n in names) for names in cells]
+        lines.append(f"| {shape.replace('x', ' x ')} | {threads} | {' | '.join(texts)} |")
+    return lines
 
 
 def summary(found: dict[str, Any]) -> list[str]:
