@@ -7,7 +7,6 @@
 A piece is a shape and a number of threads; it replaces itself in benchmarks/results/kernels.json,
 and the table is made anew from all pieces. In a round each variant has a turn: a pause, in which
 threads of the variant before stop to spin; two requests that are not timed; three that are.
-Figures are medians over all rounds.
 
 One matrix holds the planes of all eight bit-widths, as a loaded model does, for each granularity:
 by output channel, and groups of 128 and 32. Bandwidth is that of reading as many bytes as the
@@ -101,7 +100,7 @@ def measured(shape: str, threads: int, options: argparse.Namespace) -> dict[str,
         "bandwidth": {
             str(b): bandwidth(out * num_inputs * b // 8, threads, options.quick) for b in BIT_WIDTHS
         },
-        "conditions": conditions(options),
+        "conditions": conditions(seconds=options.seconds),
     }
 
 
@@ -221,10 +220,10 @@ def bandwidth(num_bytes: int, threads: int, is_quick: bool) -> float:
     return best
 
 
-def conditions(options: argparse.Namespace) -> dict[str, Any]:
+def conditions(**of_the_run: object) -> dict[str, Any]:
     """Of a piece."""
     return {
-        "seconds": options.seconds,
+        **of_the_run,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
         "versions": {
             name: version(name) for name in ("plyweight", "torch", "onnxruntime", "numpy")

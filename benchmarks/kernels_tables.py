@@ -14,35 +14,115 @@ def as_markdown(found: dict[str, Any]) -> str:
     lines = [
         "# Products with bit planes",
         "",
-        "Milliseconds, medians; in parentheses how much faster than what the column is compared",
-        "with (above 1 is faster). `g128`, `g32`: groups of inputs that share a scale; `g-`: one",
-        "scale for each output channel. `int8`: activations are rounded to 8 bits, as ONNX Runtime",
-        "does at accuracy level 4; `float`: they are not. All bit-widths of a granularity are",
-        "computed from the same planes. `bandwidth` is that of reading as many bytes as planes.",
+        "Milliseconds of the fastest request: others use the cores too, and a median says more",
+        "about who was interrupted (torch with its threads most of all; medians are in the JSON).",
+        "`x`: how many times as fast, above 1 is faster. `g128`, `g32`: groups of inputs that",
+        "share a scale; `g-`: one scale for each output channel. `int8`: activations are rounded",
+        "to 8 bits, as ONNX Runtime does at accuracy level 4; `float`: they are not. All widths of",
+        "a granularity come from the same planes. `bandwidth`: of reading as many bytes.",
     ]
     pieces = found["pieces"]
     if any("plyweight int8 4 g128" in first_of(piece) for piece in pieces.values()):
+        lines += ["", "## In short", "", *short(found)]
         lines += ["", "## One row, beside ONNX Runtime", "", *summary(found)]
+    if "instructions" in found:
+        lines += ["", "## Instructions", "", *instructions_table(found["instructions"])]
+    if "model" in found:
+        lines += ["", "## A loaded model", "", *model_table(found["model"])]
     for name, piece in pieces.items():
         shape, threads = name.split()
         lines += ["", f"## {shape}, {threads} thread{'s' if threads != '1' else ''}"]
         for m, batch in piece["batches"].items():
             lines += ["", f"### m = {m}, {batch['rounds']} rounds", "", *batch_table(piece, m)]
-        conditions = piece["conditions"]
-        versions = " · ".join(f"{n} {v}" for n, v in conditions["versions"].items())
-        lines += [
-            "",
-            f"`python benchmarks/kernels.py --shape {shape} --threads {threads} "
-            f"--seconds {conditions['seconds']:g}` · kernel {piece['kernel']} · "
-            f"{conditions['machine']} · {versions} · {conditions['date']}",
-        ]
+        seconds = piece["conditions"]["seconds"]
+        command = f"kernels.py --shape {shape} --threads {threads} --seconds {seconds:g}"
+        lines += ["", f"{run_as(command, piece['conditions'])} · kernel {piece['kernel']}"]
     return "\n".join(lines) + "\n"
 
 
-def first_of(piece: dict[str, Any]) -> dict[str, list[float]]:
+def run_as(command: str, conditions: dict[str, Any]) -> str:
+    """How a table was made."""
+    versions = " · ".join(f"{name} {number}" for name, number in conditions["versions"].items())
+    machine, date = conditions["machine"], conditions["date"]
+    return f"`python benchmarks/{command}` · {machine} · {versions} · {date}"
+
+
+def instructions_table(instructions: dict[str, Any]) -> list[str]:
+    """A line for each kernel and mode."""
+    lines = [
+        "Of one row, for each weight, 2048 x 512 in groups of 128, all that a call costs included;",
+        "counted by callgrind (`python benchmarks/kernels_counted.py`), which knows no AVX-512.",
+        "",
+        f"| kernel | {' | '.join(f'{b} bit' for b in WIDTHS)} |",
+        "|---" * 9 + "|",
+    ]
+    for kernel, modes in instructions.items():
+        for mode, counts in modes.items():
+            cells = " | ".join(f"{counts[str(b)]:.2f}" for b in WIDTHS)
+            lines.append(f"| {kernel}, {mode} | {cells} |")
+    return lines
+
+
+def model_table(model: dict[str, Any]) -> list[str]:
+    """What a kernel means for a model."""
+    lines = [
+        f"{model['weights'] / 1e6:.1f} M weights in 8 linear modules; a plane of all weights is",
+        f"{model['weights'] / 8e6:.1f} MB. MB are resident bytes above those of a process with",
+        "its libraries. Calls have one row. The longest call is that of another thread, which goes",
+        "on calling at 2 bits while the model is upgraded to 8.",
+        "",
+        "| kernel | call at 2 / 4 / 8 bits, ms | MB at 2 bits | upgrade to 8, ms | longest call "
+        "meanwhile, ms | MB at 8 bits | MB downgraded to 2 | switch, µs a module |",
+        "|---" * 8 + "|",
+    ]
+    for row in model["rows"]:
+        calls = " / ".join(f"{row[f'call_{b}_s'] * 1e3:.2f}" for b in (2, 4, 8))
+        sizes = {
+            key: f"{row[f'{key}_bytes'] / 1e6:.1f}"
+            for key in ("two_bits", "eight_bits", "downgraded")
+        }
+        lines.append(
+            f"| {row['kernel']}, {row['mode']} | {calls} | {sizes['two_bits']} | "
+            f"{row['upgrade_s'] * 1e3:.0f} | {row['longest_wait_s'] * 1e3:.1f} | "
+            f"{sizes['eight_bits']} | {sizes['downgraded']} | {row['switch_s'] * 1e6:.2f} |"
+        )
+    return [*lines, "", run_as("kernels_model.py", model["conditions"])]
+
+
+def first_of(piece: dict[str, Any]) -> dict[str, float]:
     """The seconds of the first number of rows."""
-    seconds: dict[str, list[float]] = next(iter(piece["batches"].values()))["seconds"]
-    return seconds
+    return seconds_of(piece, next(iter(piece["batches"])))
+
+
+def seconds_of(piece: dict[str, Any], m: str) -> dict[str, float]:
+    """Of the fastest request of every variant; none where that number of rows was not measured."""
+    batch = piece["batches"].get(m, {"seconds": {}})
+    return {name: smallest for name, (_, smallest, _) in batch["seconds"].items()}
+
+
+def short(found: dict[str, Any]) -> list[str]:
+    """What the README shows: m = 1, groups of 128, int8, the most threads that were measured."""
+    lines = [
+        "One row, groups of 128, milliseconds.",
+        "",
+        "| weight | threads | one copy of planes, 2 / 3 / 4 / 6 / 8 bits "
+        "| ONNX Runtime, 2 / 4 / 8 bits | torch, int4 / int8 | torch, bfloat16 / float32 |",
+        "|---" * 6 + "|",
+    ]
+    for name, piece in found["pieces"].items():
+        shape, threads = name.split()
+        seconds = seconds_of(piece, "1")
+        if threads == "1" or "plyweight int8 2 g128" not in seconds:
+            continue
+        cells = [
+            [f"plyweight int8 {b} g128" for b in (2, 3, 4, 6, 8)],
+            [f"ONNX Runtime {b} g128" for b in OTHER_WIDTHS],
+            ["torch int4 g128", "torch int8"],
+            ["torch bfloat16", "torch float32"],
+        ]
+        texts = [" / ".join(f"{seconds[n] * 1e3:.3g}" for n in names) for names in cells]
+        lines.append(f"| {shape.replace('x', ' x ')} | {threads} | {' | '.join(texts)} |")
+    return lines
 
 
 def summary(found: dict[str, Any]) -> list[str]:
@@ -54,24 +134,24 @@ def summary(found: dict[str, Any]) -> list[str]:
     ]
     for name, piece in found["pieces"].items():
         shape, threads = name.split()
-        seconds = piece["batches"].get("1", {}).get("seconds", {})
+        seconds = seconds_of(piece, "1")
         for bits in OTHER_WIDTHS:
             if f"plyweight int8 {bits} g128" not in seconds:
                 continue
             cells = [shape, threads, str(bits)]
             for group in ("128", "32"):
-                own = seconds[f"plyweight int8 {bits} g{group}"][0]
-                other = seconds[f"ONNX Runtime {bits} g{group}"][0]
+                own = seconds[f"plyweight int8 {bits} g{group}"]
+                other = seconds[f"ONNX Runtime {bits} g{group}"]
                 cells += [f"{own * 1e3:.3f}", f"{other / own:.2f} x"]
-            own = seconds[f"plyweight int8 {bits} g128"][0]
-            cells.append(f"{seconds['torch float32'][0] / own:.1f} x")
+            own = seconds[f"plyweight int8 {bits} g128"]
+            cells.append(f"{seconds['torch float32'] / own:.1f} x")
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def batch_table(piece: dict[str, Any], m: str) -> list[str]:
     """Of one number of rows: our bit-widths, then everybody else."""
-    seconds = {name: found[0] for name, found in piece["batches"][m]["seconds"].items()}
+    seconds = seconds_of(piece, m)
     dense = min(seconds["torch float32"], seconds["torch bfloat16"])
     lines = []
     if "plyweight int8 1 g-" in seconds:
@@ -96,9 +176,9 @@ def batch_table(piece: dict[str, Any], m: str) -> list[str]:
             lines.append(f"| {bits} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["| other | ms | GB/s | to torch float32 |", "|---" * 4 + "|"]
-    for name, median in seconds.items():
+    for name, smallest in seconds.items():
         if not name.startswith("plyweight"):
-            read = piece["weight_bytes"][name] / median / 1e9
-            speed = seconds["torch float32"] / median
-            lines.append(f"| {name} | {median * 1e3:.3f} | {read:.1f} | {speed:.2f} x |")
+            read = piece["weight_bytes"][name] / smallest / 1e9
+            speed = seconds["torch float32"] / smallest
+            lines.append(f"| {name} | {smallest * 1e3:.3f} | {read:.1f} | {speed:.2f} x |")
     return lines

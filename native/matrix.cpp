@@ -16,6 +16,8 @@ namespace {
 // From this size on, pages of its own. (A heap might keep what is freed.)
 constexpr std::size_t kMappedBytes = std::size_t{1} << 16;
 
+constexpr const char* kNoMore = "8 planes are held; a code has no more bits";
+
 // 64 bits from bit `place` on of memory with `bytes` bytes; zeros beyond its end.
 std::uint64_t bits_at(const std::uint8_t* memory, std::size_t bytes, std::size_t place) {
     const std::size_t first = place / 8, shift = place % 8;
@@ -136,8 +138,26 @@ void PlaneMatrix::drop_plane() {
 
 void PlaneMatrix::add_plane(const std::uint8_t* wire) {
     const std::lock_guard<std::mutex> change(changing_);
-    const int index = num_planes();
-    if (index == kMaxBits) throw std::invalid_argument("8 planes are held; a code has no more bits");
+    if (num_planes() == kMaxBits) throw std::invalid_argument(kNoMore);
+    add(ready_plane(wire));
+}
+
+void PlaneMatrix::add_plane(const ReadyPlane& plane) {
+    const std::lock_guard<std::mutex> change(changing_);
+    add(plane);
+}
+
+void PlaneMatrix::add(const ReadyPlane& plane) {
+    const std::lock_guard<std::mutex> lock(access_);
+    if (num_planes_ == kMaxBits) throw std::invalid_argument(kNoMore);
+    if (plane.signs != planes_[0]) {
+        throw std::invalid_argument("the plane was made ready for a matrix of other signs");
+    }
+    planes_[static_cast<std::size_t>(num_planes_++)] = plane.lines;
+}
+
+ReadyPlane PlaneMatrix::ready_plane(const std::uint8_t* wire) const {
+    const auto signs = num_planes() == 0 ? nullptr : planes(1)[0];
     const auto plane = std::make_shared<const Lines>(plane_bytes());
     const std::size_t blocks = row_blocks();
     for (std::size_t tile = 0; tile < num_tiles(); ++tile) {
@@ -159,13 +179,12 @@ void PlaneMatrix::add_plane(const std::uint8_t* wire) {
         });
     }
     // The sign is held inverted, and magnitude bits xor the sign.
-    const std::uint8_t* positive = index == 0 ? nullptr : planes(1)[0]->data();
+    const std::uint8_t* positive = signs == nullptr ? nullptr : signs->data();
     for (std::size_t i = 0; i < plane->bytes(); ++i) {
         const int flip = positive == nullptr ? 0xff : ~positive[i];
         plane->data()[i] = static_cast<std::uint8_t>(plane->data()[i] ^ flip);
     }
-    const std::lock_guard<std::mutex> lock(access_);
-    planes_[static_cast<std::size_t>(num_planes_++)] = plane;
+    return {plane, signs};
 }
 
 void PlaneMatrix::copy_plane(int index, std::uint8_t* wire) const {

@@ -31,6 +31,12 @@ private:
 // The first planes of a matrix, for as long as who computes with them holds them.
 using HeldPlanes = std::array<std::shared_ptr<const Lines>, kMaxBits>;
 
+// A plane in the compute layout that no matrix holds yet. But for a first one, its bits depend on the
+// signs of the matrix it is made for.
+struct ReadyPlane {
+    std::shared_ptr<const Lines> lines, signs;
+};
+
 // May be used by several threads at once: what computes keeps the planes it began with.
 class PlaneMatrix {
 public:
@@ -46,12 +52,17 @@ public:
     std::size_t row_blocks() const;
     std::size_t num_tiles() const { return (out_ + kTileRows - 1) / kTileRows; }
     std::size_t wire_bytes() const { return (out_ * in_ + 7) / 8; }
+    std::size_t plane_bytes() const { return num_tiles() * row_blocks() * kLineBytes; }
 
     int num_planes() const;
     std::size_t nbytes() const;
 
     // The next plane, in the wire layout: wire_bytes(). Throws std::invalid_argument at the ninth.
     void add_plane(const std::uint8_t* wire);
+    // The same in two steps, of which the first takes long and changes nothing. The plane is a first
+    // one where none is held. Throws std::invalid_argument if it was made for other signs.
+    ReadyPlane ready_plane(const std::uint8_t* wire) const;
+    void add_plane(const ReadyPlane& plane);
     // Throws std::invalid_argument if there is none.
     void drop_plane();
     // The first `count`. Throws std::invalid_argument if fewer are held.
@@ -60,8 +71,7 @@ public:
     void copy_plane(int index, std::uint8_t* wire) const;
 
 private:
-    std::size_t plane_bytes() const { return num_tiles() * row_blocks() * kLineBytes; }
-
+    void add(const ReadyPlane& plane);  // by who holds changing_
     std::size_t out_, in_, group_size_;
     std::mutex changing_;        // held by who adds or drops, from the beginning to the end
     mutable std::mutex access_;  // held for as long as the two below are looked at

@@ -60,13 +60,28 @@ void construct(PlaneMatrix* self, std::size_t out, std::size_t in, std::size_t g
     new (self) PlaneMatrix(out, in, group_size);
 }
 
-void add_plane(PlaneMatrix& self, const BytesIn& wire) {
+void check_wire(const PlaneMatrix& self, const BytesIn& wire) {
     if (wire.shape(0) != self.wire_bytes()) {
         refuse("a plane of " + std::to_string(wire.shape(0)) + " bytes; this matrix has planes of " +
                std::to_string(self.wire_bytes()));
     }
+}
+
+void add_plane(PlaneMatrix& self, const BytesIn& wire) {
+    check_wire(self, wire);
     const nb::gil_scoped_release released;
     self.add_plane(wire.data());
+}
+
+ReadyPlane ready_plane(const PlaneMatrix& self, const BytesIn& wire) {
+    check_wire(self, wire);
+    const nb::gil_scoped_release released;
+    return self.ready_plane(wire.data());
+}
+
+void add_ready(PlaneMatrix& self, const ReadyPlane& plane) {
+    if (plane.lines->bytes() != self.plane_bytes()) refuse("the plane is one of another matrix");
+    self.add_plane(plane);
 }
 
 nb::object plane(const PlaneMatrix& self, int index) {
@@ -128,9 +143,12 @@ nb::object product_of(const PlaneMatrix& self, const RowsIn& x, const FloatsIn& 
 }  // namespace
 
 void bind_products(nb::module_& m) {
+    nb::class_<ReadyPlane>(m, "ReadyPlane");
     nb::class_<PlaneMatrix>(m, "PlaneMatrix")
         .def("__init__", &construct, nb::arg("out"), nb::arg("in_"), nb::arg("group_size"))
         .def("add_plane", &add_plane, nb::arg("plane").noconvert())
+        .def("ready_plane", &ready_plane, nb::arg("plane").noconvert())
+        .def("add_ready", &add_ready, nb::arg("plane"))
         .def("drop_plane", &PlaneMatrix::drop_plane, nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("num_planes", &PlaneMatrix::num_planes)
         .def_prop_ro("nbytes", &PlaneMatrix::nbytes)

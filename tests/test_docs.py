@@ -151,3 +151,12 @@ def test_the_engines_accuracies_in_the_readme_are_those_that_were_measured():
     lines = [f"| {b} | {' | '.join(found)} |\n" for b, found in cells.items() if len(found) == 6]
     assert len(lines) == 5
     assert all(line in readme for line in lines)
+
+
+def test_the_speeds_of_kernels_in_the_readme_are_those_that_were_measured():
+    page = (ROOT / "benchmarks" / "results" / "kernels.md").read_text()
+    table = page.partition("## In short")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| \d+ x \d+ \|.*\|$", table, re.MULTILINE)
+    assert len(rows) >= 3
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"{row}\n" in readme for row in rows)

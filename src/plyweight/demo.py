@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plyweight.artifact import MemorySource, Receipt, publish_atomically
+from plyweight.engine import open as open_engine
 from plyweight.loading import load
 from plyweight.nn import at_bit_width, prepare
-from plyweight.packing import pack
+from plyweight.packing import fit_edges, pack
 from plyweight.train import JointObjective, recalibrate
 
 __all__ = [
@@ -41,6 +42,7 @@ BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 # As wide as the weights, but at least 4 bits: one-bit inputs would be another experiment.
 ACTIVATIONS = {b: max(b, 4) for b in BIT_WIDTHS}
 TEST_SHARE = 0.3
+NUM_EXAMPLES = 256  # training images that the graph's ranges are calibrated with
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class WidthResult:
         accuracy: of the loaded model on the test images, 0 to 1.
         dedicated_accuracy: of a model trained for this bit-width alone.
         agrees: whether the loaded logits equal the trained model's bit for bit.
+        engine_agreement: the share of test images for which the engine, which has no torch, gives
+            the trained model's class; None if no graph was asked for.
     """
 
     bit_width: int
@@ -88,6 +92,7 @@ class WidthResult:
     accuracy: float
     dedicated_accuracy: float
     agrees: bool
+    engine_agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -164,24 +169,34 @@ def run_demo(
     seed: int = 0,
     recipe: Recipe | None = None,
     progress: Progress | None = None,
+    graph: bool = False,
 ) -> DemoResult:
     """Train, pack, load and compare; leaves ``digits.layered.safetensors`` in ``folder``.
 
+    With ``graph`` the file has one, so that it runs without torch, and the engine's answers are
+    compared as well; the model then rounds in torch what the graph rounds.
+
     Raises:
         OutputError: If the file cannot be written.
+        ImportError: If a graph is asked for and the extra ``[onnx]`` is not installed.
     """
     # One thread, so that the file does not depend on how many cores there are; a net this small
     # is hardly slower, and far faster where others use the cores.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run(folder, seed, recipe or Recipe(), progress or _silent)
+        return _run(folder, seed, recipe or Recipe(), progress or _silent, graph=graph)
     finally:
         torch.set_num_threads(threads)
 
 
 def _run(
-    folder: str | os.PathLike[str], seed: int, recipe: Recipe, progress: Progress
+    folder: str | os.PathLike[str],
+    seed: int,
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    graph: bool,
 ) -> DemoResult:
     digits = Digits.load()
     torch.manual_seed(seed)
@@ -189,12 +204,15 @@ def _run(
     path = Path(folder) / "digits.layered.safetensors"
     train = partial(_train_quantized, float_net, digits=digits, recipe=recipe, seed=seed)
     model = train(BIT_WIDTHS, report=partial(progress, "once-QAT"))
-    receipt = pack(model, path)
+    examples = digits.train_images[:NUM_EXAMPLES] if graph else None
+    if graph:
+        fit_edges(model, examples)
+    receipt = pack(model, path, example_inputs=examples)
     dedicated = {}
     for bit_width in BIT_WIDTHS:
         report = partial(progress, f"dedicated, {bit_width} bit{'s' * (bit_width > 1)}")
         dedicated[bit_width] = _accuracy(train((bit_width,), report=report), digits)
-    rows = _measure(model, path, receipt, dedicated, digits)
+    rows = _measure(model, path, receipt, dedicated, digits, has_graph=graph)
     return DemoResult(seed, str(path), _accuracy(float_net, digits), len(digits.test_labels), rows)
 
 
@@ -233,16 +251,24 @@ def draw(result: DemoResult, path: str | os.PathLike[str]) -> None:
 
 
 def _measure(
-    model: nn.Module, path: Path, receipt: Receipt, dedicated: dict[int, float], digits: Digits
+    model: nn.Module,
+    path: Path,
+    receipt: Receipt,
+    dedicated: dict[int, float],
+    digits: Digits,
+    *,
+    has_graph: bool,
 ) -> tuple[WidthResult, ...]:
     """Load every bit-width from the bytes it needs, and no others."""
     rows = []
     data = path.read_bytes()
+    images = digits.test_images
     for layer in receipt.layers:
         prefix = MemorySource(data[: layer.total_bytes], name=str(path))
         loaded = load(prefix, DigitsNet())
         with torch.no_grad(), at_bit_width(model, layer.bit_width):
-            agrees = torch.equal(loaded(digits.test_images), model(digits.test_images))
+            logits = model(images)
+            agrees = torch.equal(loaded(images), logits)
         rows.append(
             WidthResult(
                 bit_width=layer.bit_width,
@@ -252,9 +278,17 @@ def _measure(
                 accuracy=_accuracy(loaded, digits),
                 dedicated_accuracy=dedicated[layer.bit_width],
                 agrees=agrees,
+                engine_agreement=_agreement(prefix, images, logits) if has_graph else None,
             )
         )
     return tuple(rows)
+
+
+def _agreement(prefix: MemorySource, images: Tensor, logits: Tensor) -> float:
+    """The share of images of which the engine, at the widest width, says what ``logits`` do."""
+    with open_engine(prefix) as engine:
+        (found,) = engine.run({engine.inputs[0].name: images.numpy()}).values()
+    return float((torch.from_numpy(found).argmax(dim=1) == logits.argmax(dim=1)).float().mean())
 
 
 def _train_float(

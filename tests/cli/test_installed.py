@@ -8,6 +8,7 @@ from cli.calls import assert_one_sentence, run, run_json
 
 from plyweight import native
 from plyweight.cli import installed
+from plyweight.kernels.picking import triton_missing_because
 
 
 @pytest.fixture
@@ -40,8 +41,12 @@ def test_info_tells_versions_and_what_the_kernel_of_planes_is_and_why(capsys):
         "cpu_features": list(native.cpu_features()),
         "available": list(native.available()),
         "demanded": None,
-        "kernels": {"planes": {"kernel": choice.kernel, "why": choice.why}},
+        "kernels": {
+            what: {"kernel": choice.kernel, "why": choice.why} for what in ("planes", "products")
+        },
     }
+    missing = triton_missing_because("cuda")
+    assert told["triton"] == {"is_there": missing is None, "missing_because": missing}
 
 
 def test_info_prints_it(capsys):
@@ -50,7 +55,9 @@ def test_info_prints_it(capsys):
     lines = out.splitlines()
     assert lines[0].startswith(f"plyweight {version('plyweight')}  Python ")
     assert f"engine    onnxruntime {version('onnxruntime')}" in lines
-    assert f"planes          {native.choose().kernel}: {native.choose().why}" in lines
+    for what in ("planes    ", "products  "):
+        assert f"{what}      {native.choose().kernel}: {native.choose().why}" in lines
+    assert lines[-1].startswith("on a GPU        ")
 
 
 def test_info_shows_what_is_missing(capsys, monkeypatch):

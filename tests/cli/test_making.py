@@ -118,6 +118,18 @@ def test_the_demo_shows_every_width_and_the_same_seed_makes_the_same_file(
     assert [row["num_bytes"] for row in result["rows"]] == sizes
 
 
+def test_the_demo_with_a_graph_is_answered_without_torch_as_with_it(capsys, tmp_path, tiny_demo):
+    code, out, _ = run(capsys, "demo", "--fast", "--graph", "--out", tmp_path)
+    assert code == 0
+    head, *rows = out.splitlines()[:9]
+    assert head.split()[-1] == "engine"
+    assert [row.split()[-2] for row in rows] == ["equal"] * 8
+    # All of them where this was written; elsewhere a last bit may part two equal digits.
+    assert min(float(row.split()[-1].removesuffix("%")) for row in rows) > 99.5
+    with plyweight.open(tmp_path / "digits.layered.safetensors", bit_width=3) as engine:
+        assert engine.bit_widths == (1, 2, 3)
+
+
 def test_an_interrupted_demo_says_so_and_leaves_nothing(capsys, tmp_path, tiny_demo, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
@@ -160,6 +172,13 @@ def test_without_what_it_needs_a_command_says_what_to_install(capsys, tmp_path, 
     monkeypatch.setitem(sys.modules, "sklearn", None)
     result = run(capsys, "demo", "--out", tmp_path)
     assert_one_sentence(result, "plyweight demo needs sklearn", 'pip install "plyweight[demo]"')
+
+
+def test_a_demo_with_a_graph_says_what_is_not_installed(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    result = run(capsys, "demo", "--graph", "--out", tmp_path / "out")
+    assert_one_sentence(result, "demo --graph needs onnxscript", 'pip install "plyweight[onnx]"')
+    assert not (tmp_path / "out").exists()
     for name in [name for name in sys.modules if name.startswith("plyweight.packing")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -145,6 +145,37 @@ def test_planes_come_and_go_at_the_end_and_take_memory_only_while_they_are_there
 
 
 @kernels
+def test_a_plane_that_was_made_ready_is_added_at_once_and_changes_nothing_before(kernel):
+    require(kernel)
+    _, codes, _ = drawn(4, 40, 100)
+    planes = to_planes(codes, 8)
+    matrix = matrix_of(kernel, codes, num_planes=3)
+    adders = [matrix.ready(plane) for plane in planes[3:]]
+    assert matrix.num_planes == 3
+    for add in adders:
+        add()
+    assert np.array_equal(matrix.levels(8), levels_of(codes, 8))
+    with pytest.raises((KernelError, ValueError), match=r"8 planes|more than 8"):
+        adders[0]()
+    with pytest.raises(KernelError, match="has planes of uint8"):
+        matrix.ready(planes[0][1:])
+
+
+@pytest.mark.parametrize("kernel", [name for name in ON_CPU if name != "reference"])
+def test_a_plane_that_was_made_ready_is_for_the_signs_that_were_held(kernel):
+    require(kernel)
+    _, codes, _ = drawn(4, 40, 100)
+    planes = to_planes(codes, 8)
+    matrix = matrix_of(kernel, codes, num_planes=1)
+    add = matrix.ready(planes[1])
+    matrix.drop_plane()
+    matrix.add_plane(planes[0])
+    with pytest.raises(ValueError, match="other signs"):
+        add()
+    assert matrix.num_planes == 1
+
+
+@kernels
 def test_eight_threads_multiply_with_one_matrix_at_once(kernel):
     require(kernel)
     x, codes, scale = drawn(5, 130, 200, m=2, group_size=32)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from kernels.weights import ON_CPU, require
 from nets import ALL_BIT_WIDTHS, ConvNet, ZooNet, batch, trained, with_rows
 from torch import nn
@@ -17,13 +18,14 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import plyweight
-from plyweight.artifact import MemorySource
+from plyweight.artifact import ArtifactReader, MemorySource
 from plyweight.codec import decode, from_planes
 from plyweight.errors import KernelError, LayeringError
 from plyweight.kernels import MODES
 from plyweight.kernels.reference import error_bound, int8_product
 from plyweight.loading import downgrade, load, upgrade
-from plyweight.nn import set_bit_width
+from plyweight.loading.held import HeldLayers
+from plyweight.nn import kernel_weight, set_bit_width
 from plyweight.nn.kernel_weight import KernelWeight, set_kernel
 from plyweight.nn.packed import PackedLinear, PackedWeight
 from plyweight.packing import pack
@@ -225,29 +227,52 @@ def test_an_upgrade_moves_no_plane_that_is_there(grouped, kernel, mode):
     require(kernel)
     net = loaded(grouped, bit_width=2, kernel=kernel, mode=mode)
     added, matrix = [], net.first.packed_weight._matrix
-    add_plane = matrix.add_plane
-    matrix.add_plane = lambda plane: (added.append(plane), add_plane(plane))
+    ready = matrix.ready
+    matrix.ready = lambda plane: (added.append(plane), ready(plane))[1]
     upgrade(net, MemorySource(grouped), bit_width=4)
     assert net.first.packed_weight._matrix is matrix
     assert len(added) == 2
+    assert matrix.num_planes == 4
+
+
+@choices
+def test_a_kernel_that_changes_while_an_upgrade_is_read_takes_the_planes_too(grouped, kernel, mode):
+    require(kernel)
+    net = loaded(grouped, bit_width=2, kernel=kernel, mode=mode)
+    layers = HeldLayers.of(net)
+    reader = ArtifactReader(MemorySource(grouped))
+    ready = {i: layers.ready(reader.read_layer(i)) for i in (2, 3)}
+    set_kernel(net, "reference")
+    set_kernel(net, kernel, mode=mode)  # another matrix
+    assert layers.grow(ready, 4, lambda: None)
+    with torch.no_grad():
+        assert_linear_modules_compute_the_product(net, mode)
 
 
 @kernels
-def test_an_upgrade_that_is_interrupted_leaves_the_kernel_as_it_was(grouped, kernel, monkeypatch):
+@pytest.mark.parametrize("after", [1, 2, 5, 9])
+def test_an_upgrade_that_is_interrupted_leaves_the_kernel_as_it_was(
+    grouped, kernel, after, monkeypatch
+):
     require(kernel)
     net = loaded(grouped, bit_width=3, kernel=kernel, mode="int8")
     matrix = type(net.first.packed_weight._matrix)
     with torch.no_grad():
         expected = net(IDS)
-    calls, add_plane = [], matrix.add_plane
+    calls, ready = [], matrix.ready
 
     def interrupted(self, plane):
-        calls.append(plane)
-        add_plane(self, plane)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
+        add = ready(self, plane)
 
-    monkeypatch.setattr(matrix, "add_plane", interrupted)
+        def then_interrupt():
+            calls.append(plane)
+            add()
+            if len(calls) == after:
+                raise KeyboardInterrupt
+
+        return then_interrupt
+
+    monkeypatch.setattr(matrix, "ready", interrupted)
     with pytest.raises(KeyboardInterrupt):
         upgrade(net, MemorySource(grouped))
     monkeypatch.undo()
@@ -388,6 +413,27 @@ def test_activations_that_do_not_fit_are_refused(grouped, kernel, mode, x):
     net = loaded(grouped, kernel=kernel, mode=mode)
     with pytest.raises(KernelError, match=r"a weight \(40, 24\) takes floats"):
         net.first(x)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_are_multiplied_with_the_decoded_weight_where_that_is_faster(
+    grouped, kernel, dtype, monkeypatch
+):
+    require(kernel)
+    plain, net = (loaded(grouped, **options).to(dtype) for options in ({}, {"kernel": kernel}))
+    x = torch.randn(5, 40).to(dtype)
+    exact = F.linear(x.double(), plain.second.weight.double())
+    with torch.no_grad():
+        monkeypatch.setattr(kernel_weight, "DENSE_ROWS", {(kernel, dtype): 5})
+        assert torch.equal(net.second(x), plain.second(x))
+        set_kernel(net, kernel, mode="int8")
+        assert not torch.equal(net.second(x), plain.second(x))
+        set_kernel(net, kernel)
+        monkeypatch.setattr(kernel_weight, "DENSE_ROWS", {(kernel, dtype): 6})
+        by_kernel = net.second(x)
+    scale = float(exact.abs().max())
+    assert torch.allclose(by_kernel.double(), exact, atol=scale * 10 * torch.finfo(dtype).eps)
 
 
 @kernels

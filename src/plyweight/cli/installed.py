@@ -9,6 +9,8 @@ import typer
 from plyweight import native
 from plyweight.cli.calling import AsJson, print_json
 from plyweight.cli.show import table
+from plyweight.kernels import pick
+from plyweight.kernels.picking import triton_missing_because
 
 __all__ = ["info"]
 
@@ -20,8 +22,9 @@ def info(as_json: AsJson = False) -> None:
     """Show what is installed here, and which kernels run and why."""
     versions = {name: version(name) for name in ("plyweight", "numpy")}
     extras = _extras()
+    triton = triton_missing_because("cuda")
     if as_json:
-        choice = native.choose()
+        choice, products = native.choose(), pick()
         print_json(
             {
                 "version": versions["plyweight"],
@@ -35,8 +38,12 @@ def info(as_json: AsJson = False) -> None:
                     "cpu_features": list(native.cpu_features()),
                     "available": list(native.available()),
                     "demanded": native.demanded(),
-                    "kernels": {"planes": {"kernel": choice.kernel, "why": choice.why}},
+                    "kernels": {
+                        "planes": {"kernel": choice.kernel, "why": choice.why},
+                        "products": {"kernel": products.name, "why": products.reason},
+                    },
                 },
+                "triton": {"is_there": triton is None, "missing_because": triton},
             }
         )
         return
@@ -55,8 +62,10 @@ def info(as_json: AsJson = False) -> None:
         typer.echo(f"processor       {' '.join(native.cpu_features()) or 'nothing special'}")
     typer.echo(f"kernels here    {' '.join(native.available())}")
     # Last: if something is demanded that does not run here, this is an error, and says so.
-    choice = native.choose()
+    choice, products = native.choose(), pick()
     typer.echo(f"planes          {choice.kernel}: {choice.why}")
+    typer.echo(f"products        {products.name}: {products.reason}")
+    typer.echo(f"on a GPU        {'triton' if triton is None else f'none: {triton}'}")
     if reason is not None:
         typer.echo(f"\n{native.ADVICE}")
 

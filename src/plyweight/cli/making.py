@@ -20,6 +20,9 @@ def demo(
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where the file and the figure go.")
     ] = Path("plyweight-demo"),
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Pack the graph too, and answer without torch.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train, pack and load at 1 to 8 bits on real handwritten digits."""
@@ -28,9 +31,14 @@ def demo(
         import sklearn  # noqa: F401
 
         from plyweight.demo import FAST, Recipe, draw, run_demo
+    if graph:
+        with needed_for("plyweight demo --graph", extra="onnx"):
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
     _create_folder(out)  # before the training, not after
     with epoch_bars() as progress:
-        result = run_demo(out, seed=seed, recipe=FAST if fast else Recipe(), progress=progress)
+        recipe = FAST if fast else Recipe()
+        result = run_demo(out, seed=seed, recipe=recipe, progress=progress, graph=graph)
     figure = out / "digits.png"
     draw(result, figure)
     if as_json:

@@ -85,7 +85,7 @@ def receipt_table(receipt: "Receipt") -> str:
 
 def demo_table(result: "DemoResult") -> str:
     """A line for each bit-width, and what the columns mean."""
-    head = (
+    head = [
         "bit-width",
         "activations",
         "download",
@@ -93,9 +93,9 @@ def demo_table(result: "DemoResult") -> str:
         "accuracy",
         "dedicated",
         "logits",
-    )
+    ]
     rows = [
-        (
+        [
             str(row.bit_width),
             str(row.activation_width),
             size(row.num_bytes),
@@ -103,17 +103,23 @@ def demo_table(result: "DemoResult") -> str:
             f"{row.accuracy:.2%}",
             f"{row.dedicated_accuracy:.2%}",
             "equal" if row.agrees else "DIFFER",
-        )
+        ]
         for row in result.rows
     ]
-    return (
-        f"{table(head, rows, left=set())}\n\n"
+    meanings = [
         f"accuracy on {result.num_test} test digits; the float model has "
-        f"{result.float_accuracy:.2%}.\n"
-        "download: header and layers up to that bit-width; bits/weight counts all of it.\n"
-        "dedicated: trained for that bit-width alone, same recipe, same number of epochs.\n"
-        "logits: of the loaded prefix against the trained model at that bit-width, bit for bit."
-    )
+        f"{result.float_accuracy:.2%}.",
+        "download: header and layers up to that bit-width; bits/weight counts all of it.",
+        "dedicated: trained for that bit-width alone, same recipe, same number of epochs.",
+        "logits: of the loaded prefix against the trained model at that bit-width, bit for bit.",
+    ]
+    shares = [row.engine_agreement for row in result.rows if row.engine_agreement is not None]
+    if shares:
+        head.append("engine")
+        for row, share in zip(rows, shares, strict=True):
+            row.append(f"{share:.2%}")
+        meanings.append("engine: digits that it, without torch, gives the trained model's class.")
+    return "\n".join([table(head, rows, left=set()), "", *meanings])
 
 
 def cache_table(entries: "Sequence[CachedEntry]") -> str:

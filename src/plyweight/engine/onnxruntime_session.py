@@ -13,6 +13,7 @@ from typing import Any
 
 from plyweight.artifact import Graph, Model
 from plyweight.engine.exactness import does_saturate
+from plyweight.engine.onnx_requantized import requantized
 from plyweight.engine.session import (
     Array,
     Provider,
@@ -51,9 +52,10 @@ class OnnxRuntimeSession:
         runtime = onnxruntime()
         providers = _providers(options)
         self.provider_names = _names(providers)
+        data, values = requantized(model.data, values)
         self._values = dict(values)  # the runtime reads this memory and does not own it
         self._outputs = [port.name for port in graph.outputs]
-        self.num_bytes = len(model.data) + COPIES * num_bytes_of(values)
+        self.num_bytes = len(data) + COPIES * num_bytes_of(values)
         settings = runtime.SessionOptions()
         settings.log_severity_level = FATAL_ONLY
         if options.threads is not None:
@@ -67,7 +69,7 @@ class OnnxRuntimeSession:
         settings.add_external_initializers(list(self._values), wrapped)
         try:
             self._session = runtime.InferenceSession(
-                model.data,
+                data,
                 settings,
                 providers=list(providers),
                 enable_fallback=0,  # a provider is a demand, never a hint

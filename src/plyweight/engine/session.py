@@ -4,6 +4,7 @@ A runtime is behind one small protocol; ``backends`` lists those there are. What
 of them is here: how to compute, and whether a model is one that may be given to a runtime.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plyweight.artifact import Graph, Model
-from plyweight.engine.onnx_model import external_initializers
+from plyweight.engine.onnx_model import Declared, external_initializers
 from plyweight.errors import GraphError, listed
 
 __all__ = [
@@ -70,7 +71,7 @@ def check_model(model: Model, values: Mapping[str, Array]) -> None:
     Raises:
         GraphError: If not.
     """
-    declared = external_initializers(model.data)
+    declared = _declared(model.data)
     for name in sorted(declared.keys() ^ values.keys()):
         has, has_not = ("model", "list") if name in declared else ("list", "model")
         raise GraphError(
@@ -85,6 +86,11 @@ def check_model(model: Model, values: Mapping[str, Array]) -> None:
                 f"but the artifact gives {value.dtype} of shape {list(value.shape)}; pack the "
                 "model again."
             )
+
+
+@functools.lru_cache(maxsize=4)  # the models of an artifact, each for several bit-widths
+def _declared(data: bytes) -> Mapping[str, Declared]:
+    return external_initializers(data)
 
 
 def check_ports(graph: Graph, inputs: Iterable[str], outputs: Iterable[str]) -> None:

@@ -8,6 +8,8 @@ The border is here: what is wrong raises before a kernel reads a byte of it.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -74,14 +76,29 @@ class PlaneMatrix(ABC):
             KernelError: If it is not a contiguous uint8 array of ``plane_bytes(shape)`` bytes, or
                 8 planes are held.
         """
+        plane = self._checked_plane(plane)
+        if self.num_planes == MAX_BIT_WIDTH:
+            raise KernelError(f"a plane more than {MAX_BIT_WIDTH}; a code has no more bits.")
+        self._add_plane(plane)
+
+    def ready(self, plane: NDArray[np.uint8]) -> Callable[[], None]:
+        """What adds ``plane``, the next one or one after it, at once when it is called.
+
+        Bringing it into the compute layout takes longer, and happens here; others may compute
+        meanwhile. It holds as long as the first plane does.
+
+        Raises:
+            KernelError: If it is not such a plane.
+        """
+        return self._ready(self._checked_plane(plane))
+
+    def _checked_plane(self, plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
         wanted = (plane_bytes(self.shape),)
         if not _is_array(plane, np.uint8, wanted):
             raise KernelError(
                 f"a plane is {_kind(plane)}; a weight {self.shape} has planes of uint8 {wanted}."
             )
-        if self.num_planes == MAX_BIT_WIDTH:
-            raise KernelError(f"a plane more than {MAX_BIT_WIDTH}; a code has no more bits.")
-        self._add_plane(np.ascontiguousarray(plane))
+        return np.ascontiguousarray(plane)
 
     def drop_plane(self) -> None:
         """Give back the last plane.
@@ -184,6 +201,9 @@ class PlaneMatrix(ABC):
 
     @abstractmethod
     def _add_plane(self, plane: NDArray[np.uint8]) -> None: ...
+
+    def _ready(self, plane: NDArray[np.uint8]) -> Callable[[], None]:
+        return partial(self.add_plane, plane)
 
     @abstractmethod
     def _drop_plane(self) -> None: ...

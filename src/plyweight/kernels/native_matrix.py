@@ -1,20 +1,10 @@
 """The native kernels: a plane matrix of ``plyweight._native``, in one of its variants.
 
-What this file asks of the native module, beside what :mod:`plyweight.native` does:
-
-    PlaneMatrix(out, in, group)   group 0 for none; no plane yet
-      .add_plane(uint8 (bytes,))  in the wire layout, the next one; copied into the compute layout
-      .drop_plane()               the last one; its memory goes back to the system
-      .num_planes  .nbytes
-      .plane(index)               uint8 (bytes,) in the wire layout again
-      .levels(bits, start, stop, variant, threads)
-                                  int8 (stop - start, in)
-      .product(x, scale, bits, mode, variant, threads)
-                                  float32 (m, in), float32 (out * groups,) -> float32 (m, out)
-
-It lets go of the GIL where it computes.
+``native/matrix.hpp`` says what the layout is. The library lets go of the GIL where it computes.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,6 +52,9 @@ class NativeMatrix(PlaneMatrix):
     def _add_plane(self, plane: NDArray[np.uint8]) -> None:
         self._matrix.add_plane(plane)
 
+    def _ready(self, plane: NDArray[np.uint8]) -> Callable[[], None]:
+        return partial(self._matrix.add_ready, self._matrix.ready_plane(plane))
+
     def _drop_plane(self) -> None:
         self._matrix.drop_plane()
 
@@ -70,9 +63,7 @@ class NativeMatrix(PlaneMatrix):
         return plane
 
     def _levels(self, bit_width: int, start: int, stop: int) -> NDArray[np.int8]:
-        levels: NDArray[np.int8] = self._matrix.levels(
-            bit_width, start, stop, self._variant, 1
-        )
+        levels: NDArray[np.int8] = self._matrix.levels(bit_width, start, stop, self._variant, 1)
         return levels
 
     def _product(

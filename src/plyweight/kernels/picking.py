@@ -5,7 +5,9 @@ that cannot be met is an error that says what there is, and nothing falls back i
 :attr:`Kernel.reason` says why it is this one.
 """
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from plyweight import native
 from plyweight.errors import KernelError, listed
@@ -13,7 +15,7 @@ from plyweight.kernels.matrix import PlaneMatrix
 from plyweight.kernels.native_matrix import NativeMatrix
 from plyweight.kernels.reference import ReferenceMatrix
 
-__all__ = ["KERNELS", "Kernel", "available", "pick"]
+__all__ = ["KERNELS", "Kernel", "available", "pick", "triton_missing_because"]
 
 TRITON = "triton"
 KERNELS = (*native.KERNELS, TRITON)
@@ -37,12 +39,18 @@ class Kernel:
         """One of ``shape`` ``(out, in)`` that holds no plane yet."""
         if self.name == native.REFERENCE:
             return ReferenceMatrix(shape, group_size=group_size)
+        if self.name == TRITON:
+            from plyweight.kernels.triton_matrix import TritonMatrix  # imports torch and triton
+
+            return TritonMatrix(shape, group_size=group_size, device=self.device)
         return NativeMatrix(shape, group_size=group_size, variant=self.name)
 
 
 def available(device: str = "cpu") -> tuple[str, ...]:
     """The kernels that multiply on devices of that type, the fastest first."""
-    return native.available() if device == "cpu" else ()
+    if device == "cpu":
+        return native.available()
+    return () if triton_missing_because(device) is not None else (TRITON,)
 
 
 def pick(kernel: str = "auto", *, device: str = "cpu") -> Kernel:
@@ -62,8 +70,27 @@ def pick(kernel: str = "auto", *, device: str = "cpu") -> Kernel:
     if device == "cpu" and kernel != TRITON:
         choice = native.choose(kernel)
         return Kernel(choice.kernel, device, choice.why)
+    because = f"it computes on {'cpu'!r}"
+    if kernel in ("auto", TRITON):
+        missing = triton_missing_because(device)
+        if missing is None:
+            why = "it was asked for" if kernel == TRITON else f"the one for {device!r}"
+            return Kernel(TRITON, device, why)
+        because = missing
     raise KernelError(
         f"the kernel {kernel!r} was asked for on {device!r}, where there is "
-        f"{listed(available(device))}. On every device plyweight.set_kernel(model, 'reference') "
-        "decodes weights and multiplies with torch."
+        f"{listed(available(device))}: {because}. On every device "
+        "plyweight.set_kernel(model, 'reference') decodes weights and multiplies with torch."
     )
+
+
+def triton_missing_because(device: str) -> str | None:
+    """Why the kernel ``triton`` does not run on devices of that type; None if it does."""
+    if find_spec("triton") is None:
+        return (
+            "triton is not installed, which torch for CUDA and for ROCm brings; elsewhere "
+            "pip install 'plyweight[triton]'"
+        )
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "triton runs on a GPU; TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests"
+    return None if device in ("cpu", "cuda") else f"triton does not run on {device!r}"

@@ -37,12 +37,14 @@ class ReadyLayer:
 
     Attributes:
         planes, gains: by the parameter's name.
+        ready: what a weight has made of its planes already, likewise.
         steps, zero_points: by the module's name.
         rows: by the tensor's name.
     """
 
     planes: Mapping[str, Tensor]
     gains: Mapping[str, Tensor]
+    ready: Mapping[str, object]
     steps: Mapping[str, float]
     zero_points: Mapping[str, float]
     rows: Mapping[str, Tensor]
@@ -105,12 +107,13 @@ class HeldLayers:
 
     def ready(self, views: Views) -> ReadyLayer:
         """``views`` as tensors, on the device of the module that each is for."""
-        planes, gains = {}, {}
+        planes, gains, ready = {}, {}, {}
         for param, packed in self._packed_weights.items():
             # Of a model that is split over devices each part has its own.
             device = packed.scale.device
             if (view := views.get(planes_name(param))) is not None:
                 planes[param] = tensor_of(view, copy=False).to(device)
+                ready[param] = packed.ready(planes[param])
             if (view := views.get(gain_name(param))) is not None:
                 gains[param] = tensor_of(view).to(device)
         steps, zero_points = (
@@ -118,7 +121,7 @@ class HeldLayers:
             for name in (step_name, zero_point_name)
         )
         rows = {n: tensor_of(views[n]).to(r.tensor()) for n, r in self._rows.items() if n in views}
-        return ReadyLayer(planes, gains, steps, zero_points, rows)
+        return ReadyLayer(planes, gains, ready, steps, zero_points, rows)
 
     def grow(
         self, layers: Mapping[int, ReadyLayer], bit_width: int, begin: Callable[[], None]
@@ -171,7 +174,9 @@ class HeldLayers:
         """Take the next layer, number ``index``: planes and side information."""
         self._release_to(index)  # what an interrupted change left in some of the weights
         for param, packed in self._packed_weights.items():
-            packed.hold(index, layer.planes.get(param), layer.gains.get(param))
+            packed.hold(
+                index, layer.planes.get(param), layer.gains.get(param), layer.ready.get(param)
+            )
         self.take_side_information(index, layer)
 
     def take_side_information(self, index: int, layer: ReadyLayer) -> None:

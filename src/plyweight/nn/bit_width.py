@@ -54,6 +54,9 @@ def set_bit_width(model: nn.Module, bit_width: int) -> None:
     modules = switchable_modules(model)
     _require(model, modules, bit_width)  # before anybody waits
     loaded = leased_parts(model)
+    if loaded == [model]:  # mostly, and looking through all modules again is most of what it takes
+        change(model, partial(_switch_required, model, modules, bit_width))
+        return
     # One after another: who holds the lease of one may be asking for that of the next.
     for part in loaded:
         change(part, partial(switch, part, bit_width))
@@ -67,9 +70,7 @@ def switch(model: nn.Module, bit_width: int) -> None:
     Raises:
         BitWidthError: If ``model`` does not have that bit-width; it keeps the one it had.
     """
-    modules = switchable_modules(model)
-    _require(model, modules, bit_width)
-    _switch_all(modules, bit_width)
+    _switch_required(model, switchable_modules(model), bit_width)
 
 
 @contextmanager
@@ -113,6 +114,11 @@ def lease(model: nn.Module) -> Iterator[int]:
         )
     with leases.hold():
         yield switchable_modules(model)[0].bit_width
+
+
+def _switch_required(model: nn.Module, modules: Sequence[Switchable], bit_width: int) -> None:
+    _require(model, modules, bit_width)
+    _switch_all(modules, bit_width)
 
 
 def _common(modules: Sequence[Switchable]) -> tuple[int, ...]:

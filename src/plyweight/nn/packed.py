@@ -79,10 +79,16 @@ class PackedWeight(Switchable):
         """Those whose layer is held."""
         return self._all_bit_widths[: self.num_held]
 
-    def hold(self, layer: int, planes: Tensor | None, gain: Tensor | None) -> None:
+    def ready(self, planes: Tensor) -> object:  # noqa: ARG002  # nothing here takes long
+        """What of :meth:`hold` takes long and changes nothing, done before; for its ``ready``."""
+        return None
+
+    def hold(
+        self, layer: int, planes: Tensor | None, gain: Tensor | None, ready: object = None
+    ) -> None:
         """Take what layer number ``layer``, the next one, brings; None where it brings none."""
         assert layer == self.num_held
-        self._hold_planes(layer, planes)
+        self._hold_planes(layer, planes, ready)
         own = self._own(self._all_bit_widths[layer])
         if gain is not None:
             self.register_buffer(f"gain_{own}", gain)
@@ -106,7 +112,7 @@ class PackedWeight(Switchable):
         """What :meth:`hold` was given for a layer that is held, as it is on the wire."""
         return self._buffers[f"planes_{layer}"]
 
-    def _hold_planes(self, layer: int, planes: Tensor | None) -> None:
+    def _hold_planes(self, layer: int, planes: Tensor | None, ready: object) -> None:  # noqa: ARG002
         self.register_buffer(f"planes_{layer}", planes)
 
     def _release_planes(self, layer: int) -> None:

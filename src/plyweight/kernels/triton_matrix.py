@@ -1,0 +1,208 @@
+"""The Triton kernel: a plane matrix on a GPU.
+
+Planes stay on the device, in the layout of :mod:`plyweight.kernels.triton_layout`, an int32 tensor
+each: an upgrade adds one, a downgrade frees one, and a switch only launches another kernel. For up
+to 64 rows of activations planes are decoded in registers on the way to the matrix unit; for more,
+the weight is decoded once and the BLAS multiplies.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from plyweight.codec import MAX_BIT_WIDTH, plane_bytes
+from plyweight.errors import KernelError
+from plyweight.kernels import triton_launch
+from plyweight.kernels.matrix import Mode, PlaneMatrix
+from plyweight.kernels.triton_layout import from_words, to_words
+
+__all__ = ["GROUP_SIZES", "TritonMatrix"]
+
+GROUP_SIZES = (32, 64, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+Given = Tensor | NDArray[Any]
+
+
+class TritonMatrix(PlaneMatrix):
+    """A plane matrix in the compute layout of the Triton kernels.
+
+    Where other plane matrices take and give arrays, it takes and gives tensors on its device. On
+    the CPU, in Triton's interpreter, it takes arrays as well.
+
+    Attributes:
+        device: on which the planes are.
+    """
+
+    kernel = "triton"
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        group_size: int | None = None,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        super().__init__(shape, group_size=group_size)
+        if group_size is not None and group_size not in GROUP_SIZES:
+            raise KernelError(
+                f"the kernel 'triton' computes groups of 32, 64 and 128 inputs; this weight has "
+                f"groups of {group_size}. Take the kernel 'reference' for it."
+            )
+        self.device = torch.empty(0, device=device).device  # "cuda" is the one that is current
+        self._planes: list[Tensor] = []
+
+    @property
+    def num_planes(self) -> int:
+        """How many are held."""
+        return len(self._planes)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the planes take, padding included."""
+        return sum(plane.nbytes for plane in self._planes)
+
+    def add_plane(self, plane: Given) -> None:
+        """Take the next plane, in the wire layout, from the device.
+
+        Raises:
+            KernelError: If it is not uint8 of ``plane_bytes(shape)`` bytes, or 8 planes are held.
+        """
+        words = self._words(plane)
+        if self.num_planes == MAX_BIT_WIDTH:
+            raise KernelError(f"a plane more than {MAX_BIT_WIDTH}; a code has no more bits.")
+        self._planes.append(words)
+
+    def ready(self, plane: Given) -> Callable[[], None]:
+        """What adds ``plane`` at once; see :meth:`PlaneMatrix.ready`."""
+        return partial(self._planes.append, self._words(plane))
+
+    def _words(self, plane: Given) -> Tensor:
+        """``plane`` in the layout of the device."""
+        plane = self._tensor(plane, "a plane", (torch.uint8,), (plane_bytes(self.shape),))
+        words = to_words(plane, self.shape, is_wide=triton_launch.IS_WIDE)
+        # Ones' complement; see plyweight.kernels.triton_code.
+        return ~words if not self._planes else words ^ ~self._planes[0]
+
+    def values(self, scale: Given, bit_width: int, dtype: torch.dtype) -> Tensor:
+        """The weight at ``bit_width``, ``(out, in)``: what a packed module decodes, bit for bit.
+
+        Raises:
+            BitWidthError: If fewer planes are held.
+            KernelError: If the scale or the dtype do not fit.
+        """
+        self._require(bit_width)
+        if dtype not in DTYPES:
+            raise KernelError(f"a weight of {dtype} was asked for; {DTYPES} can be decoded.")
+        planes = self._planes[:bit_width]
+        scale = self._checked_scale(scale)
+        return triton_launch.values(planes, scale, self.shape, self.group_size, dtype)
+
+    def product(
+        self,
+        x: Given,
+        scale: Given,
+        bit_width: int,
+        *,
+        mode: Mode,
+        num_threads: int = 1,  # noqa: ARG002  # the device's own
+    ) -> Any:
+        """Activations times the weight at ``bit_width``: ``(m, in)`` to ``(m, out)``, of x's dtype.
+
+        Levels are exact in every dtype, and so are products. Sums are float32, a scale is applied
+        to a sum, and the result is rounded once. From 65 rows on it is torch's product with the
+        decoded weight, which is rounded to x's dtype first. A float32 activation is computed with
+        as three bfloat16; where it is infinite, the result is NaN.
+
+        Args:
+            x: float16, bfloat16 or float32 ``(m, in)``.
+            scale: of the weight at ``bit_width``, float32 ``(out,)``, or ``(out, groups)``.
+            bit_width: at most as many planes as are held.
+            mode: "float"; this kernel has no other.
+            num_threads: as of other kernels; without effect.
+
+        Raises:
+            BitWidthError: If fewer planes are held.
+            KernelError: If an argument is not as said above.
+        """
+        self._require(bit_width)
+        out, num_inputs = self.shape
+        rows = self._tensor(x, "activations", DTYPES, (*x.shape[:1], num_inputs)).contiguous()
+        scale = self._checked_scale(scale)
+        if mode != "float":
+            raise KernelError(f"the kernel 'triton' has the mode 'float' only, not {mode!r}.")
+        if not len(rows):
+            y = rows.new_empty(0, out)
+        elif len(rows) <= triton_launch.MAX_ROWS:
+            planes = self._planes[:bit_width]
+            y = triton_launch.product(rows, planes, scale, out, self.group_size)
+        else:
+            y = rows @ self.values(scale, bit_width, rows.dtype).T
+        return y
+
+    def tune(self, x: Tensor, bit_width: int, seconds_of: triton_launch.Seconds) -> None:
+        """Measure how products like this one are best launched, and remember it.
+
+        Without it a plan is chosen by shape.
+
+        Args:
+            x: activations, at most 64 rows.
+            bit_width: at most as many planes as are held.
+            seconds_of: how long ``triton_launch.product(…, plan)`` takes. Measure with weights
+                that the device's caches do not hold, for that is how a model runs.
+        """
+        self._require(bit_width)
+        planes = self._planes[:bit_width]
+        triton_launch.tune(x, planes, self.shape[0], self.group_size, seconds_of)
+
+    def _drop_plane(self) -> None:
+        self._planes.pop()
+
+    def _add_plane(self, *_: Any) -> None:
+        raise AssertionError("add_plane takes tensors")
+
+    def _plane(self, index: int) -> Any:
+        words = ~self._planes[0]
+        if index:
+            words ^= self._planes[index]
+        return from_words(words, self.shape, is_wide=triton_launch.IS_WIDE)
+
+    def _levels(self, bit_width: int, start: int, stop: int) -> Any:
+        ones = torch.ones(self.shape[0], device=self.device)
+        planes = self._planes[:bit_width]
+        levels = triton_launch.values(planes, ones, self.shape, None, torch.float16)  # exact
+        return levels[start:stop].to(torch.int8)
+
+    def _product(self, *_: Any) -> NDArray[np.float32]:
+        raise AssertionError("product takes tensors")
+
+    def _checked_scale(self, scale: Given) -> Tensor:
+        out = self.shape[0]
+        wanted = (out,) if self.group_size is None else (out, self.num_groups)
+        return self._tensor(scale, "the scale", (torch.float32,), wanted).contiguous()
+
+    def _tensor(
+        self, given: Given, what: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
+    ) -> Tensor:
+        """``given`` as a tensor, if it is what it should be."""
+        is_emulated_array = isinstance(given, np.ndarray) and self.device.type == "cpu"
+        tensor = torch.from_numpy(np.ascontiguousarray(given)) if is_emulated_array else given
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.dtype not in dtypes
+            or tuple(tensor.shape) != shape
+            or tensor.device != self.device
+        ):
+            kind = f"a {type(given).__name__}"
+            if isinstance(tensor, Tensor):
+                kind = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise KernelError(
+                f"{what}: {kind} where a weight {self.shape} with group_size={self.group_size} "
+                f"takes {' or '.join(map(str, dtypes))} {shape} on {self.device}."
+            )
+        return tensor.detach()
