@@ -1,4 +1,4 @@
-"""What products of the native library have beyond what every kernel has: threads, memory, a border."""
+"""What native products have beyond what every kernel has: threads, memory, a border."""
 
 import os
 import threading
