@@ -164,12 +164,8 @@ struct Isa {
 template <int bits>
 constexpr std::size_t kAheadBytes = smaller(4096, 20480 / bits / kLineBytes * kLineBytes);
 
-// Brings the line at `from + bytes` into the cache. There may be nothing there: integers may point
-// beyond the end of memory, and a prefetch does not fault.
-inline void fetch(const void* from, std::size_t bytes) {
-    const auto at = reinterpret_cast<std::uintptr_t>(from) + bytes;
-    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
-}
+// There may be nothing at `at`: a prefetch does not fault.
+inline void fetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
 
 // A tile times 1 to 4 rows. `scales` is (groups, 32).
 template <int bits, int rows>
@@ -185,7 +181,7 @@ void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
     const std::int8_t* x = job.codes;
     // Those of the next tile are fetched meanwhile, for no processor foresees that they will be asked
     // for all at once.
-    const std::size_t tile_scales_bytes = job.num_groups * kTileRows * sizeof(float);
+    const float* next_scales = job.scale + (tile + 1) * kTileRows * job.num_groups;
     std::size_t line = 0;
     for (std::size_t group = 0; group < job.num_groups; ++group) {
         const std::size_t end = smaller((group + 1) * job.group_blocks, job.row_blocks);
@@ -196,7 +192,7 @@ void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
             PLYWEIGHT_UNROLL
             for (int p = 0; p < bits; ++p) {
                 const std::uint8_t* at = planes[p] + line * kLineBytes;
-                fetch(at, kAheadBytes<bits>);
+                fetch(at + kAheadBytes<bits>);
                 held[p] = Register::load(at);
             }
             sums.add(held, x);
@@ -204,7 +200,7 @@ void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
         PLYWEIGHT_UNROLL
         for (int half = 0; half < 2; ++half) {
             const std::size_t place = group * kTileRows + static_cast<std::size_t>(half) * 16;
-            fetch(job.scale, tile_scales_bytes * (tile + 1) + place * sizeof(float));
+            fetch(next_scales + place);
             const __m512 scale = _mm512_loadu_ps(scales + place);
             PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) {
