@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import plyweight
+from plyweight import native
 from plyweight.artifact import ArtifactReader, MemorySource
 from plyweight.codec import decode, from_planes
 from plyweight.errors import KernelError, LayeringError
@@ -459,6 +460,22 @@ def test_a_kernel_that_is_not_there_is_an_error_and_changes_nothing(grouped):
     assert {type(packed) for packed in weights_of(net).values()} == {PackedWeight}
 
 
+@choices
+def test_a_device_that_the_kernel_is_not_for_is_refused_before_anything_moves(
+    grouped, kernel, mode
+):
+    require(kernel)
+    net = loaded(grouped, kernel=kernel, mode=mode)
+    packed = net.second.packed_weight
+    with pytest.raises(KernelError, match="on 'meta'"):
+        packed.to("meta")
+    assert packed.scale.device.type == "cpu"
+    with torch.no_grad():
+        assert_linear_modules_compute_the_product(net, mode)
+    set_kernel(net, "reference")
+    assert packed.to("meta").planes_of(0).is_meta
+
+
 def test_models_without_packed_linear_modules_are_refused(grouped):
     for wrong in (Net(), loaded(grouped, form="fake-quantized")):
         with pytest.raises(LayeringError, match="no packed linear module"):
@@ -483,6 +500,20 @@ def test_printing_shows_what_computes_and_why(grouped, kernel, mode):
     assert f"kernel={kernel} (it was asked for), mode={mode})" in repr(net)
 
 
+def test_where_auto_is_the_reference_weights_are_decoded_and_the_reason_is_shown(
+    grouped, monkeypatch
+):
+    net, plain = loaded(grouped, kernel="reference", mode="int8"), loaded(grouped)
+    monkeypatch.setenv("PLYWEIGHT_KERNEL", "reference")
+    set_kernel(net, "auto")
+    assert {type(packed) for packed in weights_of(net).values()} == {PackedWeight}
+    assert "kernel=reference (PLYWEIGHT_KERNEL demands it))" in repr(net)
+    with torch.no_grad():
+        assert torch.equal(net(IDS), plain(IDS))
+    set_kernel(net, "auto", mode="int8")
+    assert {packed.kernel.name for packed in weights_of(net).values()} == {"reference"}
+
+
 @pytest.mark.parametrize("net", [ConvNet, ZooNet])
 def test_convolutions_and_what_else_decodes_are_left_alone(net, tmp_path):
     pack(trained(net()), tmp_path / "net")
@@ -498,6 +529,9 @@ def test_convolutions_and_what_else_decodes_are_left_alone(net, tmp_path):
             assert torch.allclose(other(images), expected, rtol=1e-4, atol=atol)
     for packed in weights_of(other).values():
         assert (type(packed) is KernelWeight) <= (len(packed.shape) == 2)
+    assert any(type(p) is KernelWeight for p in weights_of(other).values()) == (
+        native.missing_because() is None
+    )
 
 
 def test_a_numbers_weight_is_found_by_its_number_alone(grouped):

@@ -208,15 +208,14 @@ class KernelWeight(PackedWeight):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         device = fn(self._like).device
-        moves = device.type != self.kernel.device
-        kernel = pick(self._asked, device=device.type) if moves else self.kernel
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._scale = None
-        if moves:
-            moved = kernel.matrix(self._shape(), group_size=self.group_size)
-            for index in range(self._matrix.num_planes):
-                moved.add_plane(_given(_taken(self._matrix.plane(index)).to(device)))
-            self.kernel, self._matrix = kernel, moved
+        if device.type == self.kernel.device:
+            self._scale = None
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        asked, mode = self._asked, self.mode
+        pick(asked, device=device.type)  # raises before anything is moved
+        self.give_back()
+        result = self._apply(fn, recurse)  # of a plain weight, whose planes are buffers
+        choose(self, asked, mode)
         return result
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -233,7 +232,7 @@ class KernelWeight(PackedWeight):
         try:
             self._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         finally:
-            KernelWeight.take(self, asked, mode)
+            choose(self, asked, mode)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__ | {"_buffers": dict(self._buffers)}
@@ -247,11 +246,7 @@ class KernelWeight(PackedWeight):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         asked, mode = self._asked, self.mode
         _become_plain(self)
-        KernelWeight.take(self, asked, mode)
-
-    def _shape(self) -> tuple[int, int]:
-        out, num_inputs = self.shape
-        return out, num_inputs
+        choose(self, asked, mode)
 
 
 def _become_plain(weight: PackedWeight) -> None:
@@ -316,7 +311,7 @@ def require_kernel(weight: PackedWeight, kernel: str, mode: Mode) -> None:
     """Raise KernelError if ``kernel`` cannot compute with ``weight`` in ``mode``."""
     if mode not in MODES:
         raise KernelError(f"the mode is {mode!r}; give one of {listed(MODES)}.")
-    if not _is_plain(kernel, mode):
+    if (kernel, mode) != (REFERENCE, "float"):
         picked = pick(kernel, device=weight.scale.device.type)
         if picked.name == TRITON and mode != "float":
             raise KernelError(f"the kernel 'triton' has the mode 'float' only, not {mode!r}.")
@@ -330,13 +325,16 @@ def require_kernel(weight: PackedWeight, kernel: str, mode: Mode) -> None:
 
 def choose(weight: PackedWeight, kernel: str, mode: Mode) -> None:
     """Let ``kernel`` compute with ``weight``, which may be plain or held by another kernel."""
+    reason = _plain_because(weight, kernel, mode)
     if isinstance(weight, KernelWeight):
-        if weight._asked == kernel and not _is_plain(kernel, mode):
+        if weight._asked == kernel and reason is None:
             weight.mode = mode  # the layout is the same
             return
         weight.give_back()
-    if not _is_plain(kernel, mode):
+    if reason is None:
         KernelWeight.take(weight, kernel, mode)
+    else:
+        weight.kernel_reason = reason
 
 
 def _choose_all(weights: list[PackedWeight], kernel: str, mode: Mode) -> None:
@@ -353,9 +351,14 @@ def _choose_all(weights: list[PackedWeight], kernel: str, mode: Mode) -> None:
         raise
 
 
-def _is_plain(kernel: str, mode: Mode) -> bool:
-    """Whether that is what a plain packed weight does: decode, and multiply with torch."""
-    return kernel == REFERENCE and mode == "float"
+def _plain_because(weight: PackedWeight, kernel: str, mode: Mode) -> str | None:
+    """Why that is what a plain weight does, decode and let torch multiply; None if it is not."""
+    if mode != "float":
+        return None
+    if kernel == REFERENCE:
+        return ""
+    picked = pick(kernel, device=weight.scale.device.type)
+    return picked.reason if picked.name == REFERENCE else None
 
 
 def _weights_of(model: nn.Module) -> list[PackedWeight]:

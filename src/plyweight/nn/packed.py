@@ -54,6 +54,7 @@ class PackedWeight(Switchable):
 
     scale: Tensor
     _like: Tensor
+    kernel_reason = ""
 
     def __init__(
         self,
@@ -105,8 +106,8 @@ class PackedWeight(Switchable):
 
     @property
     def kernel_name(self) -> str:
-        """What computes with the planes."""
-        return "reference"
+        """What computes with the planes, and why if nobody asked for it."""
+        return f"reference ({self.kernel_reason})" if self.kernel_reason else "reference"
 
     def planes_of(self, layer: int) -> Tensor | None:
         """What :meth:`hold` was given for a layer that is held, as it is on the wire."""
