@@ -189,7 +189,7 @@ struct Isa {
 
 // Far enough ahead for what comes from memory; eight planes are more streams than the processor
 // follows by itself.
-constexpr std::size_t kAheadBytes = 2048;
+constexpr std::size_t kAheadBytes = 4096;
 
 // Sums of one line of every plane with one row of activations, for each half of the rows. Where
 // codes stay where they are in their bytes, a sum is of codes times a power of two; `total` brings
