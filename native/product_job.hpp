@@ -10,6 +10,14 @@
 
 #include "layout.hpp"
 
+// Before a short loop over registers: GCC takes arrays of them for memory where it finds out too late
+// that a loop has a constant number of rounds.
+#if defined(__GNUC__)
+#define PLYWEIGHT_UNROLL _Pragma("GCC unroll 16")
+#else
+#define PLYWEIGHT_UNROLL
+#endif
+
 namespace plyweight {
 
 // Rows of activations that are multiplied with a decoded weight while it is in registers.

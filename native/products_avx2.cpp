@@ -47,6 +47,7 @@ struct Isa {
             const auto at = [&](int row) {
                 return reinterpret_cast<__m256i*>(sums + row * 32) + part;
             };
+            PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) {
                 sum[row] = first ? _mm256_setzero_si256() : _mm256_loadu_si256(at(row));
             }
@@ -54,6 +55,7 @@ struct Isa {
                 const __m256i level = _mm256_load_si256(
                     reinterpret_cast<const __m256i*>(w + quad * 2 * kLineBytes) + part);
                 const __m256i magnitude = _mm256_abs_epi8(level);
+                PLYWEIGHT_UNROLL
                 for (int row = 0; row < rows; ++row) {
                     int four;
                     __builtin_memcpy(&four, x + (quad * rows + static_cast<std::size_t>(row)) * 4, 4);
@@ -62,6 +64,7 @@ struct Isa {
                     sum[row] = _mm256_add_epi32(sum[row], _mm256_madd_epi16(twos, ones));
                 }
             }
+            PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) _mm256_storeu_si256(at(row), sum[row]);
         }
     }
@@ -85,6 +88,7 @@ struct Isa {
             return sums + static_cast<std::size_t>(begin + row) * kTileRows + part * 8;
         };
         __m256 sum[2][count];
+        PLYWEIGHT_UNROLL
         for (int row = 0; row < count; ++row) {
             sum[0][row] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(at(row));
             sum[1][row] = _mm256_setzero_ps();
@@ -92,15 +96,18 @@ struct Isa {
         for (std::size_t quad = 0; quad < quads; ++quad) {
             const __m256i words = _mm256_load_si256(
                 reinterpret_cast<const __m256i*>(w + quad * 2 * kLineBytes) + part);
+            PLYWEIGHT_UNROLL
             for (int q = 0; q < 4; ++q, x += rows) {
                 const __m256i top = _mm256_slli_epi32(words, 24 - 8 * q);
                 const __m256 level = _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
+                PLYWEIGHT_UNROLL
                 for (int row = 0; row < count; ++row) {
                     __m256& to = sum[q % 2][row];
                     to = _mm256_fmadd_ps(level, _mm256_set1_ps(x[begin + row]), to);
                 }
             }
         }
+        PLYWEIGHT_UNROLL
         for (int row = 0; row < count; ++row) {
             _mm256_storeu_ps(at(row), _mm256_add_ps(sum[0][row], sum[1][row]));
         }

@@ -27,6 +27,13 @@ struct Register {
     }
 };
 
+// Adds, to each of 16 sums, products of four unsigned bytes of `w` and four signed ones of `x`.
+// Written as an instruction, because GCC 12 copies every sum before and after the intrinsic, which
+// makes a loop of eight rows 1.4 times as long.
+inline void add_products(__m512i& sums, __m512i w, __m512i x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x));
+}
+
 // Four codes of one row for every row of the weight.
 inline __m512i four(const std::int8_t* x) {
     int word;
@@ -37,10 +44,12 @@ inline __m512i four(const std::int8_t* x) {
 // 16 x 16 floats, rows to columns: neighbours first, then pairs, then quarters of a register.
 inline void transpose(__m512* r) {
     __m512 t[16];
+    PLYWEIGHT_UNROLL
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
     }
+    PLYWEIGHT_UNROLL
     for (int i = 0; i < 16; i += 4) {
         const auto pair = [&](int k) { return _mm512_castps_pd(t[i + k]); };
         r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair(0), pair(2)));
@@ -48,6 +57,7 @@ inline void transpose(__m512* r) {
         r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair(1), pair(3)));
         r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair(1), pair(3)));
     }
+    PLYWEIGHT_UNROLL
     for (int i = 0; i < 4; ++i) {
         // Column i of each quarter, of rows 0 to 7 and of rows 8 to 15.
         const __m512 a = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
@@ -59,6 +69,7 @@ inline void transpose(__m512* r) {
         t[4 + i] = _mm512_shuffle_f32x4(b, d, 0x88);
         t[12 + i] = _mm512_shuffle_f32x4(b, d, 0xdd);
     }
+    PLYWEIGHT_UNROLL
     for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
@@ -74,6 +85,7 @@ struct Isa {
             const auto there = static_cast<__mmask16>((1u << groups) - 1);
             for (std::size_t half = 0; half < kTileRows; half += 16) {
                 __m512 block[16];
+                PLYWEIGHT_UNROLL
                 for (std::size_t i = 0; i < 16; ++i) {
                     const std::size_t row = half + i;
                     block[i] = row < rows ? _mm512_maskz_loadu_ps(
@@ -88,11 +100,14 @@ struct Isa {
         }
     }
 
+    // Not inlined: among everything else in its caller, sums would not stay in registers.
     template <int rows>
-    static void dot(const std::uint8_t* w, std::size_t quads, const std::int8_t* x,
+    [[gnu::noinline]] static void dot(const std::uint8_t* w, std::size_t quads, const std::int8_t* x,
                     std::int32_t* sums, bool first) {
         __m512i sum[rows][2];
+        PLYWEIGHT_UNROLL
         for (int row = 0; row < rows; ++row) {
+            PLYWEIGHT_UNROLL
             for (int half = 0; half < 2; ++half) {
                 sum[row][half] = first ? _mm512_setzero_si512()
                                        : _mm512_loadu_si512(sums + row * 32 + half * 16);
@@ -100,13 +115,16 @@ struct Isa {
         }
         for (std::size_t quad = 0; quad < quads; ++quad, w += 2 * kLineBytes, x += 4 * rows) {
             const __m512i low = _mm512_load_si512(w), high = _mm512_load_si512(w + kLineBytes);
+            PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) {
                 const __m512i codes = four(x + 4 * row);
-                sum[row][0] = _mm512_dpbusd_epi32(sum[row][0], low, codes);
-                sum[row][1] = _mm512_dpbusd_epi32(sum[row][1], high, codes);
+                add_products(sum[row][0], low, codes);
+                add_products(sum[row][1], high, codes);
             }
         }
+        PLYWEIGHT_UNROLL
         for (int row = 0; row < rows; ++row) {
+            PLYWEIGHT_UNROLL
             for (int half = 0; half < 2; ++half) {
                 _mm512_storeu_si512(sums + row * 32 + half * 16, sum[row][half]);
             }
@@ -123,11 +141,13 @@ struct Isa {
     // Rows `begin` and up to three more. Even and odd inputs have sums of their own, for a sum waits
     // for the one before it; that is so for any number of rows, which would differ else.
     template <int rows, int begin>
-    static void float_rows(const std::uint8_t* w, std::size_t quads, const float* x, float* sums,
+    [[gnu::noinline]] static void float_rows(const std::uint8_t* w, std::size_t quads, const float* x, float* sums,
                            bool first) {
         constexpr int count = rows - begin < 4 ? rows - begin : 4;
         __m512 sum[2][count][2];
+        PLYWEIGHT_UNROLL
         for (int row = 0; row < count; ++row) {
+            PLYWEIGHT_UNROLL
             for (int half = 0; half < 2; ++half) {
                 sum[0][row][half] = first ? _mm512_setzero_ps()
                                           : _mm512_loadu_ps(sums + (begin + row) * 32 + half * 16);
@@ -136,15 +156,19 @@ struct Isa {
         }
         for (std::size_t quad = 0; quad < quads; ++quad, w += 2 * kLineBytes, x += 4 * rows) {
             const __m512i words[2] = {_mm512_load_si512(w), _mm512_load_si512(w + kLineBytes)};
+            PLYWEIGHT_UNROLL
             for (int q = 0; q < 4; ++q) {
                 __m512 level[2];
+                PLYWEIGHT_UNROLL
                 for (int half = 0; half < 2; ++half) {
                     const __m512i top =
                         _mm512_slli_epi32(words[half], static_cast<unsigned>(24 - 8 * q));
                     level[half] = _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));
                 }
+                PLYWEIGHT_UNROLL
                 for (int row = 0; row < count; ++row) {
                     const __m512 value = _mm512_set1_ps(x[q * rows + begin + row]);
+                    PLYWEIGHT_UNROLL
                     for (int half = 0; half < 2; ++half) {
                         __m512& to = sum[q % 2][row][half];
                         to = _mm512_fmadd_ps(level[half], value, to);
@@ -152,7 +176,9 @@ struct Isa {
                 }
             }
         }
+        PLYWEIGHT_UNROLL
         for (int row = 0; row < count; ++row) {
+            PLYWEIGHT_UNROLL
             for (int half = 0; half < 2; ++half) {
                 _mm512_storeu_ps(sums + (begin + row) * 32 + half * 16,
                                  _mm512_add_ps(sum[0][row][half], sum[1][row][half]));
@@ -176,14 +202,17 @@ template <>
 struct LineSums<1> {
     __m512i sum[8];
     void clear() {
+        PLYWEIGHT_UNROLL
         for (__m512i& s : sum) s = _mm512_setzero_si512();
     }
     void add(Register* planes, const std::int8_t* x) {
+        PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
             const __m512i codes = four(x + 4 * quad);
+            PLYWEIGHT_UNROLL
             for (int place = quad; place < 8; place += 4) {
                 const Register bit = planes[0] & Register::fill(static_cast<std::uint8_t>(1 << place));
-                sum[place] = _mm512_dpbusd_epi32(sum[place], bit.bits, codes);
+                add_products(sum[place], bit.bits, codes);
             }
         }
     }
@@ -201,18 +230,21 @@ template <>
 struct LineSums<2> {
     __m512i sum[4][2];
     void clear() {
+        PLYWEIGHT_UNROLL
         for (auto& place : sum) place[0] = place[1] = _mm512_setzero_si512();
     }
     void add(Register* planes, const std::int8_t* x) {
         Register found[2];
         pairs(planes[0], planes[1], found[1], found[0]);
+        PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
             const __m512i codes = four(x + 4 * quad);
+            PLYWEIGHT_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const int place = 2 * half + quad / 2;
                 const auto mask = static_cast<std::uint8_t>(3 << 2 * place);
                 __m512i& to = sum[place][quad % 2];
-                to = _mm512_dpbusd_epi32(to, (found[quad % 2] & Register::fill(mask)).bits, codes);
+                add_products(to, (found[quad % 2] & Register::fill(mask)).bits, codes);
             }
         }
     }
@@ -230,16 +262,17 @@ template <int bits>
 struct LineSums<bits> {
     __m512i whole[4], low[4];
     void clear() {
+        PLYWEIGHT_UNROLL
         for (int i = 0; i < 4; ++i) whole[i] = low[i] = _mm512_setzero_si512();
     }
     void add(Register* planes, const std::int8_t* x) {
         Register quads[4];
         nibbles<bits>(planes, quads);
+        PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
             const __m512i codes = four(x + 4 * quad);
-            whole[quad] = _mm512_dpbusd_epi32(whole[quad], quads[quad].bits, codes);
-            low[quad] =
-                _mm512_dpbusd_epi32(low[quad], (quads[quad] & Register::fill(0x0f)).bits, codes);
+            add_products(whole[quad], quads[quad].bits, codes);
+            add_products(low[quad], (quads[quad] & Register::fill(0x0f)).bits, codes);
         }
     }
     __m512i total(int half) const {
@@ -256,17 +289,21 @@ template <int bits>
 struct LineSums<bits> {
     __m512i sum[2][4];
     void clear() {
+        PLYWEIGHT_UNROLL
         for (auto& half : sum) {
+            PLYWEIGHT_UNROLL
             for (__m512i& s : half) s = _mm512_setzero_si512();
         }
     }
     void add(Register* planes, const std::int8_t* x) {
         Register halves[2][4];
         codes<bits>(planes, halves);
+        PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
             const __m512i some = four(x + 4 * quad);
+            PLYWEIGHT_UNROLL
             for (int half = 0; half < 2; ++half) {
-                sum[half][quad] = _mm512_dpbusd_epi32(sum[half][quad], halves[half][quad].bits, some);
+                add_products(sum[half][quad], halves[half][quad].bits, some);
             }
         }
     }
@@ -282,8 +319,11 @@ struct RowsSums {
     static constexpr int kWays = rows == 2 ? 2 : 1;
     __m512i sum[rows][2][kWays];
     void clear() {
+        PLYWEIGHT_UNROLL
         for (auto& row : sum) {
+            PLYWEIGHT_UNROLL
             for (auto& half : row) {
+                PLYWEIGHT_UNROLL
                 for (__m512i& s : half) s = _mm512_setzero_si512();
             }
         }
@@ -291,12 +331,15 @@ struct RowsSums {
     void add(Register* planes, const std::int8_t* x) {
         Register halves[2][4];
         codes<bits>(planes, halves);
+        PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
+            PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) {
                 const __m512i some = four(x + (quad * rows + row) * 4);
+                PLYWEIGHT_UNROLL
                 for (int half = 0; half < 2; ++half) {
                     __m512i& to = sum[row][half][quad % kWays];
-                    to = _mm512_dpbusd_epi32(to, halves[half][quad].bits, some);
+                    add_products(to, halves[half][quad].bits, some);
                 }
             }
         }
@@ -316,10 +359,12 @@ struct RowsSums<bits, 1> : LineSums<bits> {
 template <int bits, int rows>
 void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
     const std::uint8_t* planes[bits];
+    PLYWEIGHT_UNROLL
     for (int p = 0; p < bits; ++p) planes[p] = job.planes[p] + tile * job.row_blocks * kLineBytes;
     // What codes have more than levels: see layout.hpp.
     constexpr int kRest = 128 - (1 << (8 - bits) >> 1);
     __m512 y[rows][2];
+    PLYWEIGHT_UNROLL
     for (auto& row : y) row[0] = row[1] = _mm512_setzero_ps();
     const std::int8_t* x = job.codes;
     std::size_t line = 0;
@@ -329,6 +374,7 @@ void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
         sums.clear();
         for (; line < end; ++line, x += kBlockInputs * rows) {
             Register held[bits];
+            PLYWEIGHT_UNROLL
             for (int p = 0; p < bits; ++p) {
                 const std::uint8_t* at = planes[p] + line * kLineBytes;
                 _mm_prefetch(reinterpret_cast<const char*>(at + kAheadBytes), _MM_HINT_T0);
@@ -336,8 +382,10 @@ void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
             }
             sums.add(held, x);
         }
+        PLYWEIGHT_UNROLL
         for (int half = 0; half < 2; ++half) {
             const __m512 scale = _mm512_loadu_ps(scales + group * kTileRows + half * 16);
+            PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) {
                 const std::size_t at = static_cast<std::size_t>(row) * job.num_groups + group;
                 const __m512i whole =
@@ -350,6 +398,7 @@ void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
     }
     const std::size_t columns = smaller(kTileRows, job.out - tile * kTileRows);
     const auto valid = static_cast<std::uint32_t>((std::uint64_t{1} << columns) - 1);
+    PLYWEIGHT_UNROLL
     for (std::size_t row = 0; row < rows; ++row) {
         float* to = job.y + row * job.out + tile * kTileRows;
         _mm512_mask_storeu_ps(to, static_cast<__mmask16>(valid), y[row][0]);

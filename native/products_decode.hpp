@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "layout.hpp"
+#include "product_job.hpp"
 
 namespace plyweight {
 namespace {
@@ -67,6 +68,7 @@ inline void nibbles(const Bits* planes, Bits* quads) {
 template <class Bits>
 inline void add_negative(Bits* planes) {
     Bits carry = planes[0] ^ Bits::fill(0xff);
+    PLYWEIGHT_UNROLL
     for (int p = 7; p > 0; --p) {
         const Bits sum = planes[p] ^ carry;
         carry = planes[p] & carry;
@@ -83,6 +85,7 @@ inline void codes(Bits* planes, Bits (*halves)[4]) {
     Bits tops[4];
     nibbles<(bits < 4 ? bits : 4)>(planes, tops);
     if constexpr (bits <= 4) {
+        PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
             halves[1][quad] = tops[quad] & high;
             halves[0][quad] = (tops[quad] << 4) & high;
@@ -90,6 +93,7 @@ inline void codes(Bits* planes, Bits (*halves)[4]) {
     } else {
         Bits lows[4];
         nibbles<bits - 4>(planes + 4, lows);
+        PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
             halves[1][quad] = Bits::select(high, tops[quad], lows[quad] >> 4);
             halves[0][quad] = Bits::select(high, tops[quad] << 4, lows[quad]);
@@ -106,11 +110,14 @@ inline void decode_lines(const std::uint8_t* const* planes, std::size_t line, st
     for (std::size_t i = 0; i < count; ++i) {
         for (std::size_t part = 0; part < kLineBytes; part += Bits::kBytes) {
             Bits held[bits], halves[2][4];
+            PLYWEIGHT_UNROLL
             for (int p = 0; p < bits; ++p) {
                 held[p] = Bits::load(planes[p] + (line + i) * kLineBytes + part);
             }
             codes<bits>(held, halves);
+            PLYWEIGHT_UNROLL
             for (int quad = 0; quad < 4; ++quad) {
+                PLYWEIGHT_UNROLL
                 for (int half = 0; half < 2; ++half) {
                     (halves[half][quad] ^ rest)
                         .store(out + ((i * 4 + quad) * 2 + half) * kLineBytes + part);

@@ -69,6 +69,7 @@ struct Common {
             const auto at = [&](int row) {
                 return sums + static_cast<std::size_t>(row) * kTileRows + part * 4;
             };
+            PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) {
                 sum[row] = first ? vdupq_n_f32(0.0f) : vld1q_f32(at(row));
             }
@@ -76,14 +77,17 @@ struct Common {
             for (std::size_t quad = 0; quad < quads; ++quad) {
                 const int32x4_t words =
                     vreinterpretq_s32_u8(vld1q_u8(w + quad * 2 * kLineBytes + part * 16));
+                PLYWEIGHT_UNROLL
                 for (int q = 0; q < 4; ++q, value += rows) {
                     const int32x4_t top = vshlq_s32(words, vdupq_n_s32(24 - 8 * q));
                     const float32x4_t level = vcvtq_f32_s32(vshrq_n_s32(top, 24));
+                    PLYWEIGHT_UNROLL
                     for (int row = 0; row < rows; ++row) {
                         sum[row] = vfmaq_n_f32(sum[row], level, value[row]);
                     }
                 }
             }
+            PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) vst1q_f32(at(row), sum[row]);
         }
     }
@@ -98,17 +102,20 @@ struct WideningIsa : Common {
             const auto at = [&](int row) {
                 return sums + static_cast<std::size_t>(row) * kTileRows + part * 4;
             };
+            PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) {
                 sum[row] = first ? vdupq_n_s32(0) : vld1q_s32(at(row));
             }
             for (std::size_t quad = 0; quad < quads; ++quad) {
                 const int8x16_t level =
                     vreinterpretq_s8_u8(vld1q_u8(w + quad * 2 * kLineBytes + part * 16));
+                PLYWEIGHT_UNROLL
                 for (int row = 0; row < rows; ++row) {
                     const std::int8_t* code = x + (quad * rows + static_cast<std::size_t>(row)) * 4;
                     sum[row] = Widening::add(sum[row], level, four(code));
                 }
             }
+            PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) vst1q_s32(at(row), sum[row]);
         }
     }
@@ -124,7 +131,9 @@ struct DotIsa : Common {
             const auto at = [&](int row, std::size_t i) {
                 return sums + static_cast<std::size_t>(row) * kTileRows + (part + i) * 4;
             };
+            PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) {
+                PLYWEIGHT_UNROLL
                 for (std::size_t i = 0; i < 2; ++i) {
                     sum[row][i] = first ? vdupq_n_s32(0) : vld1q_s32(at(row, i));
                 }
@@ -133,6 +142,7 @@ struct DotIsa : Common {
                 const std::uint8_t* from = w + quad * 2 * kLineBytes + part * 16;
                 const int8x16_t level[2] = {vreinterpretq_s8_u8(vld1q_u8(from)),
                                             vreinterpretq_s8_u8(vld1q_u8(from + 16))};
+                PLYWEIGHT_UNROLL
                 for (int row = 0; row < rows; ++row) {
                     std::int32_t word;
                     __builtin_memcpy(&word, x + (quad * rows + static_cast<std::size_t>(row)) * 4, 4);
@@ -141,7 +151,9 @@ struct DotIsa : Common {
                     sum[row][1] = vdotq_s32(sum[row][1], level[1], codes);
                 }
             }
+            PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) {
+                PLYWEIGHT_UNROLL
                 for (std::size_t i = 0; i < 2; ++i) vst1q_s32(at(row, i), sum[row][i]);
             }
         }

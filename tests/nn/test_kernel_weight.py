@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from kernels.weights import ON_CPU, require
 from nets import ALL_BIT_WIDTHS, ConvNet, ZooNet, batch, trained, with_rows
 from torch import nn
@@ -24,7 +25,7 @@ from plyweight.kernels import MODES
 from plyweight.kernels.reference import error_bound, int8_product
 from plyweight.loading import downgrade, load, upgrade
 from plyweight.loading.held import HeldLayers
-from plyweight.nn import set_bit_width
+from plyweight.nn import kernel_weight, set_bit_width
 from plyweight.nn.kernel_weight import KernelWeight, set_kernel
 from plyweight.nn.packed import PackedLinear, PackedWeight
 from plyweight.packing import pack
@@ -412,6 +413,27 @@ def test_activations_that_do_not_fit_are_refused(grouped, kernel, mode, x):
     net = loaded(grouped, kernel=kernel, mode=mode)
     with pytest.raises(KernelError, match=r"a weight \(40, 24\) takes floats"):
         net.first(x)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_are_multiplied_with_the_decoded_weight_where_that_is_faster(
+    grouped, kernel, dtype, monkeypatch
+):
+    require(kernel)
+    plain, net = (loaded(grouped, **options).to(dtype) for options in ({}, {"kernel": kernel}))
+    x = torch.randn(5, 40).to(dtype)
+    exact = F.linear(x.double(), plain.second.weight.double())
+    with torch.no_grad():
+        monkeypatch.setattr(kernel_weight, "DENSE_ROWS", {(kernel, dtype): 5})
+        assert torch.equal(net.second(x), plain.second(x))
+        set_kernel(net, kernel, mode="int8")
+        assert not torch.equal(net.second(x), plain.second(x))
+        set_kernel(net, kernel)
+        monkeypatch.setattr(kernel_weight, "DENSE_ROWS", {(kernel, dtype): 6})
+        by_kernel = net.second(x)
+    scale = float(exact.abs().max())
+    assert torch.allclose(by_kernel.double(), exact, atol=scale * 10 * torch.finfo(dtype).eps)
 
 
 @kernels

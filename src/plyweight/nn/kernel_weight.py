@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -27,6 +28,18 @@ from plyweight.nn.packed import PackedLinear, PackedWeight
 __all__ = ["KernelWeight", "choose", "require_kernel", "set_kernel"]
 
 REFERENCE, TRITON = "reference", "triton"
+TILE_ROWS = 32  # that the native library decodes at a time
+
+# From how many rows of activations on it is faster, in the mode "float", to decode the weight and
+# let torch multiply, as the reference does. Elsewhere the kernel is as fast up to 256 rows at least
+# (1024 x 1024, one thread of an EPYC with AVX-512, 256 rows: avx512 takes 2.7 ms in "float" and 1.1
+# in "int8", avx2 5.9 and 3.5, torch 7.2 in float32 and 1.2 in bfloat16, and decoding 0.6). What
+# multiplies bfloat16 in hardware has AVX-512.
+DENSE_ROWS = {
+    ("portable", torch.float32): 8,
+    ("portable", torch.bfloat16): 8,
+    ("avx512", torch.bfloat16): 256,
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class KernelWeight(PackedWeight):
     _asked: str
     _matrix: PlaneMatrix
     _num_planes: list[int]
-    _gained: tuple[int, Tensor] | None
+    _scale: tuple[int, Any] | None
     _number: int
 
     @classmethod
@@ -73,7 +86,7 @@ class KernelWeight(PackedWeight):
         packed.__class__ = cls
         assert isinstance(packed, cls)
         packed.kernel, packed.mode, packed._asked = kernel, mode, asked
-        packed._matrix, packed._gained = matrix, None
+        packed._matrix, packed._scale = matrix, None
         packed._num_planes = [0 if planes is None else len(planes) for planes in layers]
         packed._number = products.numbered(packed)
 
@@ -106,17 +119,35 @@ class KernelWeight(PackedWeight):
         return y if bias is None else y + bias
 
     def product_of(self, x: Tensor) -> Tensor:
-        """What the operator computes: the kernel's product of ``x`` in float32."""
+        """What the operator computes: the kernel's product, rounded to the dtype of ``x``."""
+        if self._is_faster_decoded(x):
+            return F.linear(x.detach(), self.values_of())
+        # A small product takes 8 µs and every call into torch half of one, so none is made that
+        # would do nothing.
+        rows = x.detach() if x.dim() == 2 else x.detach().reshape(-1, self.shape[1])
+        if not rows.is_contiguous():
+            rows = rows.contiguous()
+        if rows.dtype != torch.float32 and self.kernel.name != TRITON:  # which takes others too
+            rows = rows.float()
         own = self._own(self.bit_width)
-        rows = x.detach().reshape(-1, self.shape[1]).contiguous()
-        y = self._matrix.product(
-            rows if self.kernel.name == TRITON else _given(rows.float()),  # type: ignore[arg-type]
-            _given(self.scale_at(own)),
-            own,
-            mode=self.mode,
-            num_threads=torch.get_num_threads(),
+        y = _taken(
+            self._matrix.product(
+                _given(rows),
+                self._given_scale(own),
+                own,
+                mode=self.mode,
+                num_threads=torch.get_num_threads(),
+            )
         )
-        return _taken(y).to(x.dtype).view(*x.shape[:-1], self.shape[0])
+        if y.dtype != x.dtype:
+            y = y.to(x.dtype)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.shape[0])
+
+    def _is_faster_decoded(self, x: Tensor) -> bool:
+        most = DENSE_ROWS.get((self.kernel.name, x.dtype))
+        if most is None or self.mode != "float" or x.dtype != self._like.dtype:
+            return False
+        return x.numel() >= most * self.shape[1]
 
     def values_of(self) -> Tensor:
         """What the operator computes: the weight, decoded."""
@@ -130,21 +161,19 @@ class KernelWeight(PackedWeight):
         def levels_of(start: int, stop: int) -> NDArray[np.int8]:
             return self._matrix.levels(own, start, stop)
 
-        return self._values_by_block(levels_of, scale)
+        return self._values_by_block(levels_of, scale, unit=TILE_ROWS)
 
-    def scale_at(self, own: int) -> Tensor:
-        """The scale at own bit-width ``own``, its gain included, float32.
+    def _given_scale(self, own: int) -> Any:
+        """The scale at own bit-width ``own`` as the kernel takes it.
 
-        A gain is multiplied with once after a switch and not in every call: with groups that
-        takes as long as a fifth of a product.
+        Kept until the next switch: with groups, multiplying by a gain takes as long as a fifth of
+        a product.
         """
-        if f"gain_{own}" not in self._buffers:
-            return self.scale.float().contiguous()
-        gained = self._gained
-        if gained is None or gained[0] != own:
-            gained = own, super().scale_at(own).contiguous()
-            self._gained = gained
-        return gained[1]
+        kept = self._scale
+        if kept is None or kept[0] != own:
+            kept = own, _given(self.scale_at(own).contiguous())
+            self._scale = kept
+        return kept[1]
 
     def planes_of(self, layer: int) -> Tensor | None:
         """What :meth:`hold` was given for a layer that is held, as it is on the wire."""
@@ -169,20 +198,20 @@ class KernelWeight(PackedWeight):
         else:  # the kernel is another one by now
             _add(self._matrix, planes)
         self._num_planes[layer:] = [0 if planes is None else len(planes)]
-        self._gained = None
+        self._scale = None
 
     def _release_planes(self, layer: int) -> None:
         for _ in range(self._num_planes[layer]):
             self._matrix.drop_plane()
         del self._num_planes[layer:]
-        self._gained = None
+        self._scale = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         device = fn(self._like).device
         moves = device.type != self.kernel.device
         kernel = pick(self._asked, device=device.type) if moves else self.kernel
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._gained = None
+        self._scale = None
         if moves:
             moved = kernel.matrix(self._shape(), group_size=self.group_size)
             for index in range(self._matrix.num_planes):
@@ -208,7 +237,7 @@ class KernelWeight(PackedWeight):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__ | {"_buffers": dict(self._buffers)}
-        for name in ("kernel", "_matrix", "_gained", "_number"):
+        for name in ("kernel", "_matrix", "_scale", "_number"):
             del state[name]
         for layer in range(self.num_held):
             state["_buffers"][f"planes_{layer}"] = self.planes_of(layer)
