@@ -1,0 +1,226 @@
+"""What native products have beyond what every kernel has: threads, memory, a border."""
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kernels.weights import drawn, levels_of, matrix_of, require
+
+from plyweight import native
+from plyweight.codec import to_planes
+from plyweight.kernels.reference import int8_product
+
+VARIANTS = [name for name in native.KERNELS if name != native.REFERENCE]
+variants = pytest.mark.parametrize("variant", VARIANTS)
+built = pytest.mark.skipif(
+    native.missing_because() is not None, reason=f"no library: {native.missing_because()}"
+)
+
+
+@variants
+@pytest.mark.parametrize("m", [63, 64, 65, 130])
+@pytest.mark.parametrize("group_size", [None, 512])
+def test_more_rows_and_inputs_than_are_computed_at_a_time_give_the_product(variant, m, group_size):
+    require(variant)
+    x, codes, scale = drawn(m, 35, 777, m=m, group_size=group_size)
+    matrix = matrix_of(variant, codes, group_size=group_size)
+    for bit_width in (1, 2, 5, 8):
+        y = matrix.product(x, scale, bit_width, mode="int8", num_threads=2)
+        assert np.array_equal(y, int8_product(x, levels_of(codes, bit_width), scale, group_size))
+
+
+@variants
+def test_a_row_is_the_same_whatever_rows_are_beside_it_in_the_float_mode_too(variant):
+    require(variant)
+    x, codes, scale = drawn(1, 40, 300, m=23, group_size=64)
+    matrix = matrix_of(variant, codes, group_size=64)
+    for bit_width in (2, 8):
+        y = matrix.product(x, scale, bit_width, mode="float", num_threads=2)
+        for m in range(1, 10):
+            part = matrix.product(x[:m].copy(), scale, bit_width, mode="float")
+            assert np.array_equal(part, y[:m])
+
+
+@variants
+def test_products_go_on_while_other_planes_come_and_go(variant):
+    require(variant)
+    x, codes, scale = drawn(2, 96, 2048, m=2)
+    planes = to_planes(codes, 8)
+    matrix = matrix_of(variant, codes, num_planes=3)
+    expected = int8_product(x, levels_of(codes, 3), scale)
+    stopped = threading.Event()
+
+    def multiply():
+        right = 0
+        while not stopped.is_set():
+            y = matrix.product(x, scale, 3, mode="int8", num_threads=2)
+            right += 1 if np.array_equal(y, expected) else -(10**9)
+        return right
+
+    with ThreadPoolExecutor(3) as threads:
+        counts = [threads.submit(multiply) for _ in range(3)]
+        for _ in range(50):
+            for plane in planes[3:]:
+                matrix.add_plane(plane)
+            for _ in planes[3:]:
+                matrix.drop_plane()
+        stopped.set()
+    assert all(count.result() > 0 for count in counts)
+    assert matrix.num_planes == 3
+
+
+@built
+def test_a_plane_that_a_product_computes_with_is_freed_when_it_is_done():
+    library, variant = native.library(), native.choose().variant
+    codes = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+    matrix = library.PlaneMatrix(64, 64, 0)
+    for plane in to_planes(codes, 8)[:2]:
+        matrix.add_plane(plane)
+    failures, x = [], np.ones((1, 64), np.float32)
+
+    def multiply():
+        for _ in range(3000):
+            try:
+                matrix.product(x, np.ones(64, np.float32), 2, "int8", variant, 1)
+            except ValueError as error:  # its second plane is just not there
+                failures.append(str(error))
+
+    thread = threading.Thread(target=multiply)
+    thread.start()
+    while thread.is_alive():
+        matrix.drop_plane()
+        matrix.add_plane(to_planes(codes, 8)[1])
+    thread.join()
+    assert set(failures) <= {"2 planes were asked for; 1 are held"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@built
+def test_a_child_of_fork_has_threads_of_its_own():
+    x, codes, scale = drawn(4, 256, 1024, m=4)
+    matrix = matrix_of(native.available()[0], codes)
+    expected = matrix.product(x, scale, 4, mode="int8", num_threads=2)  # starts the threads
+    child = os.fork()
+    if child == 0:
+        again = [matrix.product(x, scale, 4, mode="int8", num_threads=2) for _ in range(20)]
+        os._exit(0 if all(np.array_equal(y, expected) for y in again) else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is not known")
+@built
+def test_an_upgrade_takes_the_memory_of_its_planes_and_a_downgrade_gives_it_back():
+    def resident():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    shape, plane = (4096, 8192), np.zeros(4096 * 8192 // 8, np.uint8)
+    matrix = native.library().PlaneMatrix(*shape, 128)
+    for _ in range(2):
+        matrix.add_plane(plane)
+    assert matrix.nbytes == 2 * plane.nbytes
+    before = resident()
+    for _ in range(6):
+        matrix.add_plane(plane)
+    grown = resident() - before
+    for _ in range(6):
+        matrix.drop_plane()
+    left = resident() - before
+    # Besides planes, half a plane for whatever else the process does meanwhile.
+    assert abs(grown - 6 * plane.nbytes) < plane.nbytes / 2
+    assert abs(left) < plane.nbytes / 2
+
+
+# --- the border ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def matrix():
+    found = native.library().PlaneMatrix(10, 24, 8)
+    for plane in to_planes(np.zeros((10, 24), np.uint8), 8)[:3]:
+        found.add_plane(plane)
+    return found
+
+
+X, SCALE = np.ones((4, 24), np.float32), np.ones(30, np.float32)
+NOT_ALIGNED = np.frombuffer(b"-" + X.tobytes(), "f4", 96, 1).reshape(4, 24)
+
+
+@built
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": X[:, :23].copy()}, "23 inputs; the weight takes 24"),
+        ({"scale": SCALE[:10].copy()}, "10 scales; the weight has 30"),
+        ({"bits": 4}, "4 planes were asked for; 3 are held"),
+        ({"bits": 0}, "0 bits; a code has 1 to 8"),
+        ({"bits": 9}, "9 bits; a code has 1 to 8"),
+        ({"mode": "int4"}, "the mode is int4; give int8 or float"),
+        ({"num_threads": 0}, "0 threads"),
+        ({"x": NOT_ALIGNED}, "not aligned"),
+        ({"x": X.astype(np.float64)}, None),
+        ({"x": X[0]}, None),
+        ({"x": np.asfortranarray(X)}, None),
+        ({"x": np.repeat(X, 2, axis=0)[::2]}, None),
+        ({"x": None}, None),
+        ({"scale": SCALE.astype(np.float64)}, None),
+        ({"scale": SCALE.reshape(10, 3)}, None),
+    ],
+)
+def test_a_wrong_argument_of_a_product_is_refused(matrix, change, words):
+    arguments = {"x": X, "scale": SCALE, "bits": 3, "mode": "int8", "num_threads": 1} | change
+    with pytest.raises(TypeError if words is None else ValueError, match=words):
+        matrix.product(variant=native.choose().variant, **arguments)
+
+
+@built
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_rows_that_there_are_not_have_no_levels(matrix, bits):
+    variant = native.choose().variant
+    assert matrix.levels(bits, 3, 3, variant, 1).shape == (0, 24)
+    for start, stop in ((0, 11), (5, 4), (11, 11)):
+        with pytest.raises(ValueError, match="there are 10"):
+            matrix.levels(bits, start, stop, variant, 1)
+    with pytest.raises(TypeError):
+        matrix.levels(bits, -1, 3, variant, 1)
+
+
+@built
+def test_a_plane_that_does_not_fit_is_refused(matrix):
+    right = np.zeros(30, np.uint8)
+    for wrong in (right[:29].copy(), np.zeros(31, np.uint8)):
+        with pytest.raises(ValueError, match="this matrix has planes of 30"):
+            matrix.add_plane(wrong)
+    for wrong in (right.astype(np.int8), right.reshape(2, 15), np.zeros(60, np.uint8)[::2]):
+        with pytest.raises(TypeError):
+            matrix.add_plane(wrong)
+    for _ in range(5):
+        matrix.add_plane(right)
+    with pytest.raises(ValueError, match="8 planes are held"):
+        matrix.add_plane(right)
+    for _ in range(8):
+        matrix.drop_plane()
+    with pytest.raises(ValueError, match="no plane to drop"):
+        matrix.drop_plane()
+    for index in (-1, 0, 8):
+        with pytest.raises(ValueError, match="plane"):
+            matrix.plane(index)
+
+
+@built
+def test_a_weight_without_a_side_and_sums_too_long_for_32_bits_are_refused():
+    library, variant = native.library(), native.choose().variant
+    for shape in ((0, 4), (4, 0), (2**31 + 1, 1), (1, 2**40)):
+        with pytest.raises(ValueError, match="sides of 1 to"):
+            library.PlaneMatrix(*shape, 0)
+    long = library.PlaneMatrix(1, 2**17 + 1, 0)
+    long.add_plane(np.zeros(2**14 + 1, np.uint8))
+    x = np.ones((1, 2**17 + 1), np.float32)
+    with pytest.raises(ValueError, match="131073 inputs share a scale"):
+        long.product(x, np.ones(1, np.float32), 1, "int8", variant, 1)
+    assert long.product(x, np.ones(1, np.float32), 1, "float", variant, 1)[0, 0] == 64 * x.size
