@@ -131,7 +131,32 @@ def test_the_weight_itself_and_what_embeds_it_stay_what_was_trained(data, kernel
         for name, packed in weights_of(net).items():
             assert torch.equal(packed(), plain.get_submodule(name)())
         assert torch.equal(net.embedding(IDS), plain.embedding(IDS))
+        assert torch.equal(net.embedding(IDS), nn.functional.embedding(IDS, plain.head.weight))
     assert net.head.packed_weight is net.embedding.packed_weight
+
+
+@choices
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_rows_that_are_embedded_are_those_of_the_weight(kernel, mode, group_size, tmp_path):
+    require(kernel)
+    net = nn.Sequential(nn.Embedding(300, 24), nn.Linear(24, 300, bias=False))
+    net[1].weight = net[0].weight
+    model = plyweight.prepare(net, (2, 4, 8), activations=None, group_size=group_size)
+    pack(with_rows(model), tmp_path / "net")
+    held = load(tmp_path / "net", net, kernel=kernel, mode=mode)
+    plain = load(tmp_path / "net", net)
+    several = [torch.tensor([[299, 0, 7], [7, 31, 32]]), torch.arange(300), torch.tensor(5)]
+    for ids in [*several, torch.empty(2, 0, dtype=torch.long)]:
+        for bit_width in (2, 4, 8):
+            set_bit_width(held, bit_width)
+            set_bit_width(plain, bit_width)
+            expected = nn.functional.embedding(ids, plain[1].weight)
+            assert torch.equal(plain[0](ids), expected)
+            assert torch.equal(held[0](ids), expected)
+    for wrong in (300, -1):
+        for one in (held, plain):
+            with pytest.raises((IndexError, RuntimeError), match="range"):
+                one[0](torch.tensor([wrong]))
 
 
 @choices

@@ -163,6 +163,23 @@ class KernelWeight(PackedWeight):
 
         return self._values_by_block(levels_of, scale, unit=TILE_ROWS)
 
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """The values of rows ``ids`` of the weight, ``(..., in)``: few others are decoded."""
+        return products.rows(ids, self.scale, self.row, self._like, self._number)
+
+    def rows_of_values(self, ids: Tensor) -> Tensor:
+        """What the operator computes: rows of the weight, each that is asked for decoded once."""
+        unique, places = torch.unique(ids, return_inverse=True)
+        # A row is decoded with its tile.
+        if self.kernel.name == TRITON or len(unique) * TILE_ROWS >= self.shape[0]:
+            return F.embedding(ids, self.values_of())
+        own = self._own(self.bit_width)
+        factors = self.scale_at(own).index_select(0, unique)  # refuses what is out of range
+        rows = [self._matrix.levels(own, i, i + 1) for i in unique.tolist()]
+        levels = torch.from_numpy(np.concatenate([np.empty((0, self.shape[1]), np.int8), *rows]))
+        values = levels.float() * spread(factors, tuple(levels.shape), self.group_size)
+        return F.embedding(places, values.to(self._like.dtype))
+
     def _given_scale(self, own: int) -> Any:
         """The scale at own bit-width ``own`` as the kernel takes it.
 
@@ -274,7 +291,7 @@ def set_kernel(model: nn.Module, kernel: str = "auto", *, mode: Mode = "float") 
     The planes move into the kernel's layout, weight by weight; they are not kept twice. Calls of
     other threads that are under way end as they began, and this waits for them.
 
-    Convolutions and embeddings keep decoding their weights. A weight that one of them shares with
+    Convolutions and embeddings keep decoding their weights. A weight that an embedding shares with
     a linear module is decoded for it to the same values, from the kernel's layout.
 
     Args:
