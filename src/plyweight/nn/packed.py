@@ -146,7 +146,7 @@ class PackedWeight(Switchable):
         scale = scale.index_select(0, flat) if len(scale) > 1 else scale
         levels = decode(from_planes(rows, shape), own).float()
         factors: Tensor = spread(scale, shape, self.group_size)
-        values = (levels * factors).to(self._like.dtype)
+        values: Tensor = (levels * factors).to(self._like.dtype)
         return values.view(*ids.shape, *self.shape[1:])
 
     def times(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
