@@ -1,17 +1,21 @@
 """How many instructions does a weight cost on the CPU?
 
     python benchmarks/kernels_counted.py --kernel avx2      needs valgrind; three minutes
+    python benchmarks/kernels_counted.py --kernel avx512    Linux; two minutes
 
 Callgrind counts those of a process that computes 20 products of one row with a weight of
 2048 x 512 in groups of 128, less those of one that computes none. What is left, over products and
-weights, holds all that a call costs. Valgrind (3.19) knows no AVX-512, so that variant is not
-counted. Joins benchmarks/results/kernels.json.
+weights, holds all that a call costs. Valgrind (3.19) knows no AVX-512, so processes of that variant
+are followed instruction by instruction (ptrace), with one product and with two: what the second
+took is counted. Joins benchmarks/results/kernels.json.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +30,7 @@ SHAPE, GROUP, PRODUCTS = (2048, 512), 128, 20
 def main() -> None:
     """Count all bit-widths in both modes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", choices=("avx2", "portable"), default="avx2")
+    parser.add_argument("--kernel", choices=("avx512", "avx2", "portable"), default="avx2")
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     parser.add_argument("--compute", nargs=3, help=argparse.SUPPRESS)  # in a process of its own
     options = parser.parse_args()
@@ -36,11 +40,14 @@ def main() -> None:
         return
     from kernels import RESULTS, write
 
-    none = counted(options.kernel, 1, "int8", 0)
+    count, few, many = (stepped, 1, 2) if options.kernel == "avx512" else (counted, 0, PRODUCTS)
     found = {
         mode: {
-            str(b): (counted(options.kernel, b, mode, PRODUCTS) - none)
-            / (PRODUCTS * SHAPE[0] * SHAPE[1])
+            str(b): (
+                count(options.kernel, b, mode, many)
+                - count(options.kernel, b if few else 1, mode if few else "int8", few)
+            )
+            / ((many - few) * SHAPE[0] * SHAPE[1])
             for b in range(1, 9)
         }
         for mode in ("int8", "float")
@@ -64,8 +71,30 @@ def counted(kernel: str, bit_width: int, mode: str, products: int) -> int:
     return int(match[1])
 
 
-def compute(kernel: str, bit_width: int, mode: str, products: int) -> None:
-    """What is counted."""
+def stepped(kernel: str, bit_width: int, mode: str, products: int) -> int:
+    """Instructions of a child between the two stops that :func:`compute` makes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    trace_me, step = 0, 9
+    child = os.fork()
+    if child == 0:
+        libc.ptrace(trace_me, 0, None, None)
+        compute(kernel, bit_width, mode, products, stop=True)
+        os._exit(0)
+    os.waitpid(child, 0)  # the first stop
+    count = 0
+    while True:
+        assert libc.ptrace(step, child, None, None) == 0, os.strerror(ctypes.get_errno())
+        _, status = os.waitpid(child, 0)
+        if os.WSTOPSIG(status) == signal.SIGSTOP:
+            break
+        count += 1
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return count
+
+
+def compute(kernel: str, bit_width: int, mode: str, products: int, *, stop: bool = False) -> None:
+    """What is counted; ``stop`` before the products and after them."""
     from plyweight.kernels import pick
 
     rng = np.random.default_rng(0)
@@ -75,8 +104,13 @@ def compute(kernel: str, bit_width: int, mode: str, products: int) -> None:
         matrix.add_plane(rng.integers(0, 256, out * num_inputs // 8).astype(np.uint8))
     scale = np.ones((out, num_inputs // GROUP), np.float32)
     x = np.ones((1, num_inputs), np.float32)
+    if stop:
+        matrix.product(x, scale, bit_width, mode=mode)  # what only a first one does
+        os.kill(os.getpid(), signal.SIGSTOP)
     for _ in range(products):
         matrix.product(x, scale, bit_width, mode=mode)
+    if stop:
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 if __name__ == "__main__":
