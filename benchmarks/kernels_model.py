@@ -92,7 +92,7 @@ def measured(path: str, kernel: str, mode: Any) -> dict[str, Any]:
         found["eight_bits_bytes"] = resident_bytes() - before
         for bit_width in (2, 4, 8):
             plyweight.set_bit_width(net, bit_width)
-            found[f"call_{bit_width}_s"] = median(lambda: net(x), 30)
+            found[f"call_{bit_width}_s"] = median(lambda: net(x))
         switches = [
             seconds(lambda b=b: plyweight.set_bit_width(net, b)) for b in BIT_WIDTHS[::-1] * 30
         ]
@@ -130,11 +130,13 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def median(call: Callable[[], object], times: int) -> float:
-    """The median seconds of ``call``, after two that do not count."""
+def median(call: Callable[[], object]) -> float:
+    """The median seconds of ``call``, of 30 or as many as fit into 2 seconds, after one more."""
     call()
-    call()
-    return statistics.median(seconds(call) for _ in range(times))
+    found: list[float] = []
+    while not found or (len(found) < 30 and sum(found) < 2):
+        found.append(seconds(call))
+    return statistics.median(found)
 
 
 def resident_bytes() -> int:

@@ -51,7 +51,7 @@ def instructions_table(instructions: dict[str, Any]) -> list[str]:
     """A line for each kernel and mode."""
     lines = [
         "Of one row, for each weight, 2048 x 512 in groups of 128, all that a call costs included;",
-        "counted by callgrind (`python benchmarks/kernels_counted.py`), which knows no AVX-512.",
+        "counted by callgrind, for AVX-512 one by one (`python benchmarks/kernels_counted.py`).",
         "",
         f"| kernel | {' | '.join(f'{b} bit' for b in WIDTHS)} |",
         "|---" * 9 + "|",

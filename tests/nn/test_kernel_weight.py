@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import plyweight
+from plyweight import native
 from plyweight.artifact import ArtifactReader, MemorySource
 from plyweight.codec import decode, from_planes
 from plyweight.errors import KernelError, LayeringError
@@ -130,7 +131,32 @@ def test_the_weight_itself_and_what_embeds_it_stay_what_was_trained(data, kernel
         for name, packed in weights_of(net).items():
             assert torch.equal(packed(), plain.get_submodule(name)())
         assert torch.equal(net.embedding(IDS), plain.embedding(IDS))
+        assert torch.equal(net.embedding(IDS), nn.functional.embedding(IDS, plain.head.weight))
     assert net.head.packed_weight is net.embedding.packed_weight
+
+
+@choices
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_rows_that_are_embedded_are_those_of_the_weight(kernel, mode, group_size, tmp_path):
+    require(kernel)
+    net = nn.Sequential(nn.Embedding(300, 24), nn.Linear(24, 300, bias=False))
+    net[1].weight = net[0].weight
+    model = plyweight.prepare(net, (2, 4, 8), activations=None, group_size=group_size)
+    pack(with_rows(model), tmp_path / "net")
+    held = load(tmp_path / "net", net, kernel=kernel, mode=mode)
+    plain = load(tmp_path / "net", net)
+    several = [torch.tensor([[299, 0, 7], [7, 31, 32]]), torch.arange(300), torch.tensor(5)]
+    for ids in [*several, torch.empty(2, 0, dtype=torch.long)]:
+        for bit_width in (2, 4, 8):
+            set_bit_width(held, bit_width)
+            set_bit_width(plain, bit_width)
+            expected = nn.functional.embedding(ids, plain[1].weight)
+            assert torch.equal(plain[0](ids), expected)
+            assert torch.equal(held[0](ids), expected)
+    for wrong in (300, -1):
+        for one in (held, plain):
+            with pytest.raises((IndexError, RuntimeError), match="range"):
+                one[0](torch.tensor([wrong]))
 
 
 @choices
@@ -459,6 +485,22 @@ def test_a_kernel_that_is_not_there_is_an_error_and_changes_nothing(grouped):
     assert {type(packed) for packed in weights_of(net).values()} == {PackedWeight}
 
 
+@choices
+def test_a_device_that_the_kernel_is_not_for_is_refused_before_anything_moves(
+    grouped, kernel, mode
+):
+    require(kernel)
+    net = loaded(grouped, kernel=kernel, mode=mode)
+    packed = net.second.packed_weight
+    with pytest.raises(KernelError, match="on 'meta'"):
+        packed.to("meta")
+    assert packed.scale.device.type == "cpu"
+    with torch.no_grad():
+        assert_linear_modules_compute_the_product(net, mode)
+    set_kernel(net, "reference")
+    assert packed.to("meta").planes_of(0).is_meta
+
+
 def test_models_without_packed_linear_modules_are_refused(grouped):
     for wrong in (Net(), loaded(grouped, form="fake-quantized")):
         with pytest.raises(LayeringError, match="no packed linear module"):
@@ -483,6 +525,20 @@ def test_printing_shows_what_computes_and_why(grouped, kernel, mode):
     assert f"kernel={kernel} (it was asked for), mode={mode})" in repr(net)
 
 
+def test_where_auto_is_the_reference_weights_are_decoded_and_the_reason_is_shown(
+    grouped, monkeypatch
+):
+    net, plain = loaded(grouped, kernel="reference", mode="int8"), loaded(grouped)
+    monkeypatch.setenv("PLYWEIGHT_KERNEL", "reference")
+    set_kernel(net, "auto")
+    assert {type(packed) for packed in weights_of(net).values()} == {PackedWeight}
+    assert "kernel=reference (PLYWEIGHT_KERNEL demands it))" in repr(net)
+    with torch.no_grad():
+        assert torch.equal(net(IDS), plain(IDS))
+    set_kernel(net, "auto", mode="int8")
+    assert {packed.kernel.name for packed in weights_of(net).values()} == {"reference"}
+
+
 @pytest.mark.parametrize("net", [ConvNet, ZooNet])
 def test_convolutions_and_what_else_decodes_are_left_alone(net, tmp_path):
     pack(trained(net()), tmp_path / "net")
@@ -498,6 +554,9 @@ def test_convolutions_and_what_else_decodes_are_left_alone(net, tmp_path):
             assert torch.allclose(other(images), expected, rtol=1e-4, atol=atol)
     for packed in weights_of(other).values():
         assert (type(packed) is KernelWeight) <= (len(packed.shape) == 2)
+    assert any(type(p) is KernelWeight for p in weights_of(other).values()) == (
+        native.missing_because() is None
+    )
 
 
 def test_a_numbers_weight_is_found_by_its_number_alone(grouped):

@@ -163,6 +163,23 @@ class KernelWeight(PackedWeight):
 
         return self._values_by_block(levels_of, scale, unit=TILE_ROWS)
 
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """The values of rows ``ids`` of the weight, ``(..., in)``: few others are decoded."""
+        return products.rows(ids, self.scale, self.row, self._like, self._number)
+
+    def rows_of_values(self, ids: Tensor) -> Tensor:
+        """What the operator computes: rows of the weight, each that is asked for decoded once."""
+        unique, places = torch.unique(ids, return_inverse=True)
+        # A row is decoded with its tile.
+        if self.kernel.name == TRITON or len(unique) * TILE_ROWS >= self.shape[0]:
+            return F.embedding(ids, self.values_of())
+        own = self._own(self.bit_width)
+        factors = self.scale_at(own).index_select(0, unique)  # refuses what is out of range
+        rows = [self._matrix.levels(own, i, i + 1) for i in unique.tolist()]
+        levels = torch.from_numpy(np.concatenate([np.empty((0, self.shape[1]), np.int8), *rows]))
+        values = levels.float() * spread(factors, tuple(levels.shape), self.group_size)
+        return F.embedding(places, values.to(self._like.dtype))
+
     def _given_scale(self, own: int) -> Any:
         """The scale at own bit-width ``own`` as the kernel takes it.
 
@@ -208,15 +225,14 @@ class KernelWeight(PackedWeight):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         device = fn(self._like).device
-        moves = device.type != self.kernel.device
-        kernel = pick(self._asked, device=device.type) if moves else self.kernel
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._scale = None
-        if moves:
-            moved = kernel.matrix(self._shape(), group_size=self.group_size)
-            for index in range(self._matrix.num_planes):
-                moved.add_plane(_given(_taken(self._matrix.plane(index)).to(device)))
-            self.kernel, self._matrix = kernel, moved
+        if device.type == self.kernel.device:
+            self._scale = None
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        asked, mode = self._asked, self.mode
+        pick(asked, device=device.type)  # raises before anything is moved
+        self.give_back()
+        result = self._apply(fn, recurse)  # of a plain weight, whose planes are buffers
+        choose(self, asked, mode)
         return result
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -233,7 +249,7 @@ class KernelWeight(PackedWeight):
         try:
             self._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         finally:
-            KernelWeight.take(self, asked, mode)
+            choose(self, asked, mode)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__ | {"_buffers": dict(self._buffers)}
@@ -247,11 +263,7 @@ class KernelWeight(PackedWeight):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         asked, mode = self._asked, self.mode
         _become_plain(self)
-        KernelWeight.take(self, asked, mode)
-
-    def _shape(self) -> tuple[int, int]:
-        out, num_inputs = self.shape
-        return out, num_inputs
+        choose(self, asked, mode)
 
 
 def _become_plain(weight: PackedWeight) -> None:
@@ -279,7 +291,7 @@ def set_kernel(model: nn.Module, kernel: str = "auto", *, mode: Mode = "float") 
     The planes move into the kernel's layout, weight by weight; they are not kept twice. Calls of
     other threads that are under way end as they began, and this waits for them.
 
-    Convolutions and embeddings keep decoding their weights. A weight that one of them shares with
+    Convolutions and embeddings keep decoding their weights. A weight that an embedding shares with
     a linear module is decoded for it to the same values, from the kernel's layout.
 
     Args:
@@ -316,7 +328,7 @@ def require_kernel(weight: PackedWeight, kernel: str, mode: Mode) -> None:
     """Raise KernelError if ``kernel`` cannot compute with ``weight`` in ``mode``."""
     if mode not in MODES:
         raise KernelError(f"the mode is {mode!r}; give one of {listed(MODES)}.")
-    if not _is_plain(kernel, mode):
+    if (kernel, mode) != (REFERENCE, "float"):
         picked = pick(kernel, device=weight.scale.device.type)
         if picked.name == TRITON and mode != "float":
             raise KernelError(f"the kernel 'triton' has the mode 'float' only, not {mode!r}.")
@@ -330,13 +342,16 @@ def require_kernel(weight: PackedWeight, kernel: str, mode: Mode) -> None:
 
 def choose(weight: PackedWeight, kernel: str, mode: Mode) -> None:
     """Let ``kernel`` compute with ``weight``, which may be plain or held by another kernel."""
+    reason = _plain_because(weight, kernel, mode)
     if isinstance(weight, KernelWeight):
-        if weight._asked == kernel and not _is_plain(kernel, mode):
+        if weight._asked == kernel and reason is None:
             weight.mode = mode  # the layout is the same
             return
         weight.give_back()
-    if not _is_plain(kernel, mode):
+    if reason is None:
         KernelWeight.take(weight, kernel, mode)
+    else:
+        weight.kernel_reason = reason
 
 
 def _choose_all(weights: list[PackedWeight], kernel: str, mode: Mode) -> None:
@@ -353,9 +368,14 @@ def _choose_all(weights: list[PackedWeight], kernel: str, mode: Mode) -> None:
         raise
 
 
-def _is_plain(kernel: str, mode: Mode) -> bool:
-    """Whether that is what a plain packed weight does: decode, and multiply with torch."""
-    return kernel == REFERENCE and mode == "float"
+def _plain_because(weight: PackedWeight, kernel: str, mode: Mode) -> str | None:
+    """Why that is what a plain weight does, decode and let torch multiply; None if it is not."""
+    if mode != "float":
+        return None
+    if kernel == REFERENCE:
+        return ""
+    picked = pick(kernel, device=weight.scale.device.type)
+    return picked.reason if picked.name == REFERENCE else None
 
 
 def _weights_of(model: nn.Module) -> list[PackedWeight]:

@@ -54,6 +54,7 @@ class PackedWeight(Switchable):
 
     scale: Tensor
     _like: Tensor
+    kernel_reason = ""
 
     def __init__(
         self,
@@ -105,8 +106,8 @@ class PackedWeight(Switchable):
 
     @property
     def kernel_name(self) -> str:
-        """What computes with the planes."""
-        return "reference"
+        """What computes with the planes, and why if nobody asked for it."""
+        return f"reference ({self.kernel_reason})" if self.kernel_reason else "reference"
 
     def planes_of(self, layer: int) -> Tensor | None:
         """What :meth:`hold` was given for a layer that is held, as it is on the wire."""
@@ -121,8 +122,7 @@ class PackedWeight(Switchable):
     def forward(self) -> Tensor:
         """The weight at the current bit-width, in the model's dtype."""
         own = self._own(self.bit_width)
-        brought = [self.planes_of(i) for i in range(self.num_held)]
-        rows = [row for planes in brought if planes is not None for row in planes][:own]
+        rows = self._planes_held(own)
         scale = self.scale_at(own)
         # A compiler fuses the definition into one pass by itself, and on a GPU a block is a
         # dozen launches. A type is not exactly Tensor where torch only follows shapes.
@@ -132,6 +132,23 @@ class PackedWeight(Switchable):
             return self._decoded(rows, scale)
         return self._decoded_by_block(rows, scale)
 
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """The values of rows ``ids`` of the weight, ``(..., in)``: no other row is decoded."""
+        row_weights = prod(self.shape[1:])
+        if row_weights % 8:
+            return F.embedding(ids, self())  # a row that begins inside a byte
+        flat, shape = ids.reshape(-1), (ids.numel(), *self.shape[1:])
+        own = self._own(self.bit_width)
+        held = [plane.view(self.shape[0], row_weights // 8) for plane in self._planes_held(own)]
+        # Not by brackets, which count from the end where an id is negative.
+        rows = [plane.index_select(0, flat).flatten() for plane in held]
+        scale = self.scale_at(own)
+        scale = scale.index_select(0, flat) if len(scale) > 1 else scale
+        levels = decode(from_planes(rows, shape), own).float()
+        factors: Tensor = spread(scale, shape, self.group_size)
+        values: Tensor = (levels * factors).to(self._like.dtype)
+        return values.view(*ids.shape, *self.shape[1:])
+
     def times(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """``inputs @ weight.T + bias``, ``(..., in)`` to ``(..., out)``."""
         return F.linear(inputs, self(), bias)
@@ -140,6 +157,11 @@ class PackedWeight(Switchable):
         """The scale at own bit-width ``own``, its gain included, float32."""
         gain = self._buffers.get(f"gain_{own}")
         return self.scale.float() if gain is None else self.scale.float() * gain.float()
+
+    def _planes_held(self, num: int) -> list[Tensor]:
+        """The first ``num``, each as it is on the wire."""
+        brought = [self.planes_of(i) for i in range(self.num_held)]
+        return [row for planes in brought if planes is not None for row in planes][:num]
 
     def _decoded(self, rows: list[Tensor], scale: Tensor) -> Tensor:
         """The definition: the values of the planes ``rows``."""
@@ -248,4 +270,4 @@ class PackedEmbedding(PackedModule, nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """``(...)`` int to ``(..., dim)``."""
-        return F.embedding(ids, self.weight, self.padding_idx)
+        return self.packed_weight.rows_of(ids)

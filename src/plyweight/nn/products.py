@@ -2,6 +2,8 @@
 
     plyweight::product(x, scale, row, number)   (..., in) to (..., out), of x's dtype
     plyweight::values(scale, row, like, number) the weight (out, in), of like's dtype
+    plyweight::rows(ids, scale, row, like, number)
+                                                (...) to (..., in), rows of the weight
 
 The planes are in a kernel's own layout and no tensors, so a weight goes by its number, one for as
 long as the process runs. What an operator computes depends on the bit-width, which is why ``row``
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from plyweight.errors import KernelError
 
-__all__ = ["Multiplier", "numbered", "product", "values"]
+__all__ = ["Multiplier", "numbered", "product", "rows", "values"]
 
 
 class Multiplier(Protocol):
@@ -36,6 +38,10 @@ class Multiplier(Protocol):
 
     def values_of(self) -> Tensor:
         """The weight at the current bit-width, in the model's dtype."""
+        ...
+
+    def rows_of_values(self, ids: Tensor) -> Tensor:
+        """Rows ``ids`` of it, ``(..., in)``."""
         ...
 
 
@@ -63,6 +69,12 @@ def product(x: Tensor, scale: Tensor, row: Tensor, number: int) -> Tensor:
 def values(scale: Tensor, row: Tensor, like: Tensor, number: int) -> Tensor:
     """The weight of that number, through the dispatcher."""
     result: Tensor = torch.ops.plyweight.values.default(scale, row, like, number)
+    return result
+
+
+def rows(ids: Tensor, scale: Tensor, row: Tensor, like: Tensor, number: int) -> Tensor:
+    """Rows of the weight of that number, through the dispatcher."""
+    result: Tensor = torch.ops.plyweight.rows.default(ids, scale, row, like, number)
     return result
 
 
@@ -94,12 +106,26 @@ def _values(scale: Tensor, row: Tensor, like: Tensor, number: int) -> Tensor:  #
     return _weight(number).values_of()
 
 
+def _rows(ids: Tensor, scale: Tensor, row: Tensor, like: Tensor, number: int) -> Tensor:  # noqa: ARG001
+    return _weight(number).rows_of_values(ids)
+
+
 def _fake_product(x: Tensor, scale: Tensor, row: Tensor, number: int) -> Tensor:  # noqa: ARG001
     return x.new_empty((*x.shape[:-1], _checked(x, number).shape[0]))
 
 
 def _fake_values(scale: Tensor, row: Tensor, like: Tensor, number: int) -> Tensor:  # noqa: ARG001
     return like.new_empty(_weight(number).shape)
+
+
+def _fake_rows(
+    ids: Tensor,
+    scale: Tensor,  # noqa: ARG001
+    row: Tensor,  # noqa: ARG001
+    like: Tensor,
+    number: int,
+) -> Tensor:
+    return like.new_empty((*ids.shape, _weight(number).shape[1]))
 
 
 def _refusing_product(x: Tensor, scale: Tensor, row: Tensor, number: int) -> Tensor:
@@ -117,9 +143,12 @@ def _refusing_product(x: Tensor, scale: Tensor, row: Tensor, number: int) -> Ten
 _library = torch.library.Library("plyweight", "DEF")
 _library.define("product(Tensor x, Tensor scale, Tensor row, int number) -> Tensor")
 _library.define("values(Tensor scale, Tensor row, Tensor like, int number) -> Tensor")
+_library.define("rows(Tensor ids, Tensor scale, Tensor row, Tensor like, int number) -> Tensor")
 for _device in ("CPU", "CUDA"):
     _library.impl("product", _product, _device)
     _library.impl("values", _values, _device)
+    _library.impl("rows", _rows, _device)
 _library.impl("product", _refusing_product, "Autograd")
 torch.library.register_fake("plyweight::product", _fake_product, lib=_library)
 torch.library.register_fake("plyweight::values", _fake_values, lib=_library)
+torch.library.register_fake("plyweight::rows", _fake_rows, lib=_library)
