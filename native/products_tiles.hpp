@@ -171,15 +171,16 @@ inline void float_tiles_of(const ProductJob& job, std::size_t begin, std::size_t
 
 template <class Bits>
 inline void tile_levels_of(const ProductJob& job, std::size_t tile, std::int8_t* out) {
-    alignas(kLineBytes) std::uint8_t bytes[8 * kLineBytes];
+    alignas(kLineBytes) std::uint8_t bytes[kChunkBlocks * 8 * kLineBytes];
     const std::size_t inputs = job.row_blocks * kBlockInputs;
-    for (std::size_t block = 0; block < job.row_blocks; ++block) {
-        decode<Bits>(job.planes, job.bits, tile * job.row_blocks + block, 1, 0x80, bytes);
-        for (std::size_t quad = 0; quad < 4; ++quad) {
-            for (std::size_t row = 0; row < kTileRows; ++row) {
-                const std::uint8_t* from = bytes + quad * 2 * kLineBytes + row * 4;
-                std::int8_t* to = out + row * inputs + block * kBlockInputs + quad * 4;
-                for (std::size_t q = 0; q < 4; ++q) to[q] = static_cast<std::int8_t>(from[q]);
+    for (std::size_t block = 0; block < job.row_blocks; block += kChunkBlocks) {
+        const std::size_t count = smaller(kChunkBlocks, job.row_blocks - block);
+        decode<Bits>(job.planes, job.bits, tile * job.row_blocks + block, count, 0x80, bytes);
+        for (std::size_t row = 0; row < kTileRows; ++row) {
+            const std::uint8_t* from = bytes + row * 4;
+            std::int8_t* to = out + row * inputs + block * kBlockInputs;
+            for (std::size_t quad = 0; quad < 4 * count; ++quad) {
+                __builtin_memcpy(to + quad * 4, from + quad * 2 * kLineBytes, 4);
             }
         }
     }
