@@ -18,14 +18,24 @@ constexpr std::size_t kMappedBytes = std::size_t{1} << 16;
 
 constexpr const char* kNoMore = "8 planes are held; a code has no more bits";
 
+// Written out, so that the byte order of the machine does not matter; compilers make it one move.
+std::uint64_t eight(const std::uint8_t* bytes) {
+    std::uint64_t word = 0;
+    for (int i = 0; i < 8; ++i) word |= std::uint64_t{bytes[i]} << 8 * i;
+    return word;
+}
+
 // 64 bits from bit `place` on of memory with `bytes` bytes; zeros beyond its end.
 std::uint64_t bits_at(const std::uint8_t* memory, std::size_t bytes, std::size_t place) {
     const std::size_t first = place / 8, shift = place % 8;
-    std::uint8_t part[9] = {};
-    std::memcpy(part, memory + first, std::min<std::size_t>(9, bytes - first));
-    std::uint64_t word = 0;
-    for (int i = 0; i < 8; ++i) word |= std::uint64_t{part[i]} << 8 * i;
-    return shift == 0 ? word : word >> shift | std::uint64_t{part[8]} << (64 - shift);
+    std::uint8_t end[9] = {};
+    const std::uint8_t* from = memory + first;
+    if (bytes - first < 9) {
+        std::memcpy(end, from, bytes - first);
+        from = end;
+    }
+    const std::uint64_t word = eight(from);
+    return shift == 0 ? word : word >> shift | std::uint64_t{from[8]} << (64 - shift);
 }
 
 std::uint64_t lowest(std::uint64_t word, std::size_t count) {
@@ -51,7 +61,6 @@ std::uint32_t gathered(std::uint32_t bytes) {
     return (bytes | bytes >> 8) & 0xffffU;
 }
 
-// Written out, so that the byte order of the machine does not matter; compilers make it one move.
 void store(std::uint8_t* bytes, std::uint32_t word) {
     for (int i = 0; i < 4; ++i) bytes[i] = static_cast<std::uint8_t>(word >> 8 * i);
 }

@@ -21,7 +21,7 @@ namespace {
 
 constexpr std::size_t kTileSums = kSlabRows * kTileRows;
 
-inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
+constexpr std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
 // Calls `visit` with the number of rows as a constant.
 template <class Visit>
