@@ -23,7 +23,6 @@ from plyweight.engine.session import (
     SessionOptions,
     check_ports,
     first_line,
-    num_bytes_of,
 )
 from plyweight.errors import EngineError, GraphError, listed
 
@@ -45,7 +44,7 @@ class OpenVinoSession:
     Args:
         graph: that the model is of.
         model: whose slots are the names of ``values``.
-        values: by slot.
+        values: by slot; they are taken out of the dict.
         options: how to compute.
 
     Raises:
@@ -55,15 +54,17 @@ class OpenVinoSession:
     provider_names = (DEVICE,)
 
     def __init__(
-        self, graph: Graph, model: Model, values: Mapping[str, Array], options: SessionOptions
+        self, graph: Graph, model: Model, values: dict[str, Array], options: SessionOptions
     ) -> None:
         runtime = openvino()
         settings = dict(SETTINGS)
         if options.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = options.threads
+        data = filled(model.data, values)
+        values.clear()
         try:
             core = _core(runtime)
-            whole = core.read_model(filled(model.data, values))
+            whole = core.read_model(data)
             self._compiled = core.compile_model(whole, DEVICE, settings)
         except Exception as error:  # those of the runtime have no class in common
             raise GraphError(
@@ -71,7 +72,7 @@ class OpenVinoSession:
                 f"{listed(model.bit_widths)} bits ({first_line(error)}); open it with another "
                 "backend, or install a newer one."
             ) from error
-        self.num_bytes = len(model.data) + COPIES * num_bytes_of(values)
+        self.num_bytes = COPIES * len(data)
         inputs, outputs = self._compiled.inputs, self._compiled.outputs
         check_ports(graph, map(_name, inputs), map(_name, outputs))
         places = {_name(output): place for place, output in enumerate(outputs)}
