@@ -130,9 +130,10 @@ class Graph:
         return slots
 
     def _all_slots(self) -> Iterator[tuple[str, Slot]]:
-        for prefix in self.modules:
+        for prefix, module in self.modules.items():
             for leaf in MODULE_LEAVES:
-                yield f"{prefix}.{leaf}", Slot("module", prefix, leaf)
+                if leaf != "bias_scale" or module.group_size is None:
+                    yield f"{prefix}.{leaf}", Slot("module", prefix, leaf)
         for prefix in self.quantizers:
             for leaf in QUANTIZER_LEAVES:
                 yield f"{prefix}.{leaf}", Slot("quantizer", prefix, leaf)

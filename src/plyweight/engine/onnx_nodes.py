@@ -1,6 +1,6 @@
 """ONNX nodes: those of a model's graph, and the model with others in their place.
 
-    rewritten(data, {}, dropped=(), added={}) == data        but for the operators' domains it names
+    rewritten(data, {}, dropped=(), added={}) == data
 
 Only what a rewriting has to know of a node is read; all else is copied byte by byte.
 """
@@ -114,7 +114,7 @@ def rewritten(
 
     Args:
         data: a model that :func:`~plyweight.engine.onnx_model.external_initializers` accepted.
-        replaced: the nodes in place of that with this index, with none of whose order it breaks.
+        replaced: what stands in place of nodes, by their index.
         dropped: slots that are not there any more.
         added: slots that are.
     """
