@@ -150,7 +150,7 @@ def test_half_bytes_of_weights_only_need_no_setting_and_are_the_engines_nibbles(
 
 @pytest.mark.parametrize("group_size", [None, 3, 16])
 def test_a_torch_program_and_a_state_dict_of_weights_only(group_size, weights_only, tmp_path):
-    packed, path = weights_only[group_size], tmp_path / "net"
+    packed, path = weights_only[group_size], tmp_path / "net.pt2"
     options = {"model": SmallTransformer(), "example_inputs": TOKENS[:2]}
     assert export(packed.path, path, bit_width=4, to="torch", **options).difference == 0
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_a_torch_program_and_a_state_dict_of_weights_only(group_size, weights_on
     export(packed.path, tmp_path / "weights", bit_width=4)
     weights = load_file(tmp_path / "weights")
     loaded = plyweight.load(packed.path, SmallTransformer(), bit_width=4)
-    assert torch.equal(weights["head.weight"], loaded.head.weight)
+    assert torch.equal(weights["embedding.weight"], loaded.head.weight)
 
 
 def test_pinned_weights_stay_bytes_and_only_bytes_are_refused(tmp_path):
