@@ -212,16 +212,18 @@ def test_a_slot_of_another_shape_is_refused_although_it_is_not_filled(path):
         plyweight.open(path)
 
 
-@pytest.mark.parametrize("group_size", [None, 16, 48])
-def test_openvino_gives_nearly_the_same(path, group_size):
-    net = WeightOnly(100, 17, group_size)
+@pytest.mark.parametrize("group_size", [None, 16, 48, 5, 6, 8])
+def test_openvino_gives_nearly_the_same_for_any_rows(path, group_size):
+    """With groups of 5 or 6 its own kernel is wrong for few rows, so it is given floats."""
+    net = WeightOnly(120, 17, group_size)
     net.write(path)
-    feeds = inputs(net, 3)
     with plyweight.open(path, backend="openvino", threads=1) as engine:
         for bit_width in ALL:
             engine.set_bit_width(bit_width)
-            y, most = expected(path, bit_width, feeds)
-            assert (np.abs(engine.run(feeds)["y"] - y) <= most).all()
+            for batch in (1, 2, 6):
+                feeds = inputs(net, batch)
+                y, most = expected(path, bit_width, feeds)
+                assert (np.abs(engine.run(feeds)["y"] - y) <= most).all()
 
 
 def test_the_report_counts_modules_by_form(path):

@@ -56,12 +56,13 @@ class Runtime:
     Attributes:
         has_nibbles: whether it multiplies floats with 4-bit codes.
         takes_bytes: whether it is to make floats of bytes itself.
-        takes_remainders: whether it can, where the last group has fewer inputs than the others.
+        group_multiple: what the size of groups is a multiple of where it can, if none has fewer
+            inputs than the others; None for any groups.
     """
 
     has_nibbles: bool
     takes_bytes: bool
-    takes_remainders: bool = True
+    group_multiple: int | None = None
 
 
 @dataclass
@@ -145,7 +146,6 @@ class _Change:
         shape = self.slots.shape_of(prefix, "levels")
         num_inputs = shape[0] if module.is_transposed else shape[1]
         products = [self._products_of(index, prefix) for index in weights]
-        is_whole = module.group_size is None or num_inputs % module.group_size == 0
         if not runtime.has_nibbles:
             reason = "the runtime has no products of 4-bit codes and floats"
         elif any(product is None for product in products):
@@ -156,8 +156,10 @@ class _Change:
             return self._as_nibbles(prefix, weights, [p for found in products for p in found or ()])
         if not runtime.takes_bytes:
             return self._as_float(prefix, weights, f"{reason}, and bytes are slower")
-        if not is_whole and not runtime.takes_remainders:
-            return self._as_float(prefix, weights, f"{reason}, and takes whole groups only")
+        size, multiple = module.group_size, runtime.group_multiple
+        if size and multiple and (num_inputs % size or size % multiple):
+            rule = f"takes whole groups of a multiple of {multiple} inputs only"
+            return self._as_float(prefix, weights, f"{reason}, and {rule}")
         return Form("dequantized", reason)
 
     def _is_gather(self, index: int, levels: str) -> bool:
