@@ -105,22 +105,16 @@ def dequantize_linear(levels, step, zero_point=None, axis=1, block_size=0):
     return Grid(levels, step, F32(0) if zero_point is None else zero_point, axis)
 
 
-def mat_mul_n_bits(x, codes, scale, zero_points=None, *, K, N, bits, block_size, accuracy_level):
+def mat_mul_n_bits(x, codes, scale, *, K, N, bits, block_size, accuracy_level):
     """The definition of com.microsoft.MatMulNBits, a weight at a time."""
     assert (bits, accuracy_level) == (4, 1)
     weight = np.zeros((N, K))
     for n in range(N):
         for k in range(K):
-            block = k // block_size
-            middle = 8 if zero_points is None else _nibble(zero_points[n], block)
-            code = _nibble(codes[n].reshape(-1), k)
-            weight[n, k] = np.float64(scale[n, block]) * (code - middle)
+            pair = int(codes[n].reshape(-1)[k // 2])  # the lower half comes first
+            code = pair >> 4 * (k % 2) & 15
+            weight[n, k] = np.float64(scale[n, k // block_size]) * (code - 8)
     return x @ weight.T
-
-
-def _nibble(row, index):
-    """A half byte: the lower one comes first."""
-    return int(row[index // 2]) >> 4 * (index % 2) & 15
 
 
 def clip(x, lowest=None, highest=None):

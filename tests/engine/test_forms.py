@@ -15,7 +15,7 @@ from plyweight.engine.values import SlotValues
 from plyweight.errors import GraphError
 
 UNIT = 2.0**-24  # of rounding to float32
-LARGEST_CODE = 16 * 8 + 15  # of a level, in units of its scale, where its parts are added apart
+LARGEST_CODE = 16 * 8 + 8 + 8  # of a level, in units of its scale, whose parts are added apart
 
 
 @pytest.fixture

@@ -221,11 +221,7 @@ class _Change:
             name = f"{prefix}.nibbles{number}"
             self.values[f"{name}.codes"] = product.codes
             self.values[f"{name}.scale"] = product.scale
-            names = [f"{name}.codes", f"{name}.scale"]
-            if product.zero_point is not None:
-                self.values[f"{name}.zero_point"] = product.zero_point
-                names.append(f"{name}.zero_point")
-            arguments.append(names)
+            arguments.append([f"{name}.codes", f"{name}.scale"])
         half = None
         if nibbles.half is not None:
             sums = f"nibbles.sums.{nibbles.num_inputs}.{nibbles.group_size}"  # many share it
@@ -248,7 +244,7 @@ class _Change:
             )
         self.taken.append(prefix)
         count = "a product" if len(arguments) == 1 else "two products"
-        added = " and half a cell" if half is not None else ""
+        added = " and the sums of inputs" if half is not None else ""
         return Form("nibbles", f"{weight.bit_width} bits are {count} of 4-bit codes{added}")
 
 

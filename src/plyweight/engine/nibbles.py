@@ -1,18 +1,19 @@
 """Nibbles: a weight as products of 4-bit codes, which ONNX Runtime multiplies floats with.
 
-``MatMulNBits`` multiplies ``x`` with ``scale * (code - zero_point)``, a scale for each block of
-inputs and both of its terms in float32. Levels of every bit-width are such products, exactly:
+``MatMulNBits`` multiplies ``x`` with ``scale * (code - 8)``, a scale for each block of inputs, in
+float32. Levels of every bit-width are such products, exactly:
 
-    1 to 3 bits    half * (code - 8)             one product: odd multiples of half a cell
-    4 bits         16 * (code - 8) + 8           one product, and 8 * sum(x) of each group
-    5 to 8 bits    16 * (high - 8) + (low - 0)   two products
+    1 to 3 bits    half * (code - 8)                  one product: odd multiples of half a cell
+    4 bits         16 * (code - 8) + 8                one product, and 8 * sum(x) of each group
+    5 to 8 bits    16 * (high - 8) + (low - 8) + 8    two products, and the same
 
-    sum over products of  block_scale * (codes - zero_point), + half == levels * scale
+    sum over products of  block_scale * (codes - 8), + half == levels * scale
 
 There is an 8-bit and a 2-bit form of the operator too, but for float activations ONNX Runtime 1.32
 has kernels for 4 bits only; the others make a float weight of it at every call, as they do for a
 zero point that is a float. (Six products of 2048 x 2048, one row, one thread: 0.9 ms in one product
-of 4 bits, 2.0 in two; 28 in 8 bits, 44 in 2 bits, 30 with float zero points.)
+of 4 bits, 2.0 in two; 28 in 8 bits, 44 in 2 bits, 30 with float zero points.) A zero point of whole
+codes, which would save the sums of two products, was up to 1.5 times slower than they are.
 
 A block is a power of two from 16 to 256. Groups of inputs become one or several blocks each; those
 of another size have no such form.
@@ -32,11 +33,14 @@ __all__ = ["BLOCK_SIZES", "Nibbles", "Product", "block_size_of", "nibbles_of", "
 Array = NDArray[Any]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # those that ONNX Runtime's kernel takes
-MIDDLE = 8  # the zero point that MatMulNBits has where none is given
+MIDDLE = 8  # the zero point of MatMulNBits where none is given
 ONE_PRODUCT = 4  # the widest that is one
-LEVEL_MIDDLE = 128  # added to levels, it makes them bytes
+HIGH = 16  # what the higher of two codes counts
+MAX_CODE = 15
 SCALE_BYTES = 4
 ROWS = 256  # of a weight, packed at once: temporary copies stay small
+# Every level, in the order of its byte.
+_LEVELS = np.arange(1 << MAX_BIT_WIDTH, dtype=np.uint8).view(np.int8).astype(np.int16)
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,10 @@ class Product:
     Attributes:
         codes: uint8 ``(out, blocks, block_size / 2)``, the first of two codes in the low half.
         scale: float32 ``(out, blocks)``.
-        zero_point: uint8 ``(out, ceil(blocks / 2))``, packed alike; None for 8 everywhere.
     """
 
     codes: Array
     scale: Array
-    zero_point: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,13 @@ def nibbles_of(weight: DecodedWeight) -> Nibbles:
     half_cell = int(decode(np.zeros(1, np.uint8), weight.bit_width)[0])
     half = None
     if weight.bit_width < ONE_PRODUCT:
-        products = [_product(levels, block_size, half_cell, block_scale, MIDDLE)]
-    elif weight.bit_width == ONE_PRODUCT:
-        products = [_product(levels, block_size, 2 * half_cell, block_scale, MIDDLE)]
-        half = np.ascontiguousarray(scale.T) * np.float32(half_cell)
+        parts = [(half_cell, _LEVELS // half_cell + MIDDLE)]
     else:
-        products = [
-            _product(levels, block_size, 16, block_scale, MIDDLE),
-            _product(levels, block_size, 1, block_scale, 0),
-        ]
+        half = np.ascontiguousarray(scale.T) * np.float32(MIDDLE)
+        parts = [(HIGH, _LEVELS // HIGH + MIDDLE)]
+    if weight.bit_width > ONE_PRODUCT:
+        parts.append((1, _LEVELS % HIGH))
+    products = [_product(levels, block_size, *part, block_scale) for part in parts]
     return Nibbles(num_inputs, block_size, tuple(products), half, weight.group_size or num_inputs)
 
 
@@ -122,30 +122,26 @@ def sums_of_groups(num_inputs: int, group_size: int) -> Array:
     return sums
 
 
-def _product(levels: Array, block_size: int, unit: int, scale: Array, zero_point: int) -> Product:
-    """The part of ``levels`` that 4-bit codes of ``unit`` have, and nothing in the remainder."""
+def _product(levels: Array, block_size: int, unit: int, codes_of: Array, scale: Array) -> Product:
+    """The part of ``levels`` that codes of ``unit`` have, and nothing in the remainder.
+
+    Args:
+        levels: int8 ``(out, in)``.
+        block_size: inputs that share a scale.
+        unit: of a code, in levels.
+        codes_of: the code of each of ``_LEVELS``.
+        scale: float32 ``(out, blocks)`` of levels.
+    """
     out, num_inputs = levels.shape
     num_blocks = -(-num_inputs // block_size)
-    table = _table(unit, zero_point)
+    table = np.clip(codes_of, 0, MAX_CODE).astype(np.uint8)  # levels that the bit-width has not
     codes = np.empty((out, num_blocks * block_size // 2), np.uint8)
     for start in range(0, out, ROWS):
         rows = levels[start : start + ROWS]
-        part = np.full((len(rows), num_blocks * block_size), zero_point, np.uint8)
+        part = np.full((len(rows), num_blocks * block_size), MIDDLE, np.uint8)
         part[:, :num_inputs] = table[rows.view(np.uint8)]
         codes[start : start + ROWS] = part[:, 0::2] | part[:, 1::2] << 4
     return Product(
         codes=codes.reshape(out, num_blocks, block_size // 2),
         scale=np.ascontiguousarray(scale) * np.float32(unit),
-        # Of an odd number of blocks the last half byte belongs to none.
-        zero_point=None
-        if zero_point == MIDDLE
-        else np.full((out, -(-num_blocks // 2)), zero_point * 17, np.uint8),
     )
-
-
-def _table(unit: int, zero_point: int) -> Array:
-    """The code of every level, by its byte: the high part of it, or the low one for a unit of 1."""
-    level = np.arange(1 << MAX_BIT_WIDTH, dtype=np.uint8).view(np.int8).astype(np.int16)
-    if zero_point != MIDDLE:
-        return ((level + LEVEL_MIDDLE) % 16).astype(np.uint8)
-    return np.clip(level // unit + MIDDLE, 0, 15).astype(np.uint8)
