@@ -1,13 +1,17 @@
 """How modules compute whose inputs are floats: the form that is reported, and the answer."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from engine import reference
 from engine.weight_only import ALL, NUM_ROWS, WeightOnly, slot
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import plyweight
-from plyweight.artifact import GRAPH_NAME, ArtifactReader, Graph
+from plyweight.artifact import GRAPH_NAME, ArtifactReader, Graph, Module
 from plyweight.codec import spread
 from plyweight.engine.backends import ONNX_RUNTIME_CPU, OPENVINO, PORTABLE
 from plyweight.engine.forms import loaded
@@ -210,6 +214,45 @@ def test_a_slot_of_another_shape_is_refused_although_it_is_not_filled(path):
     WeightOnly(12, 4, edit=wrong).write(path)
     with pytest.raises(GraphError, match=r"int8 of shape \[7, 4\] for 'fc\.levels'.*\[12, 4\]"):
         plyweight.open(path)
+
+
+def test_a_slot_called_as_the_engines_own_is_refused(path):
+    def taken(net):
+        net.weights["fc.nibbles0.weight"] = net.weights["fc.weight"]
+        net.modules["fc.nibbles0"] = Module(param="fc.nibbles0.weight", is_transposed=True)
+        net.slots += [
+            slot("fc.nibbles0.levels", TensorProto.INT8, (12, 4)),
+            slot("fc.nibbles0.scale", TensorProto.FLOAT, (4,)),
+        ]
+
+    WeightOnly(12, 4, edit=taken).write(path)
+    with pytest.raises(GraphError, match="of the engine's own"):
+        plyweight.open(path)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Header, graph and layers of a small artifact."""
+    path = tmp_path_factory.mktemp("forms") / "net"
+    WeightOnly(20, 3, 16, is_gemm=True, has_embedding=True, bit_widths=(2, 8)).write(path)
+    header, layers = layers_of(path)
+    return header, Graph.from_bytes(layers[0][GRAPH_NAME].data), layers
+
+
+@given(data=st.data())
+def test_changed_bytes_of_a_model_are_refused_or_give_another_one(parts, data):
+    header, graph, layers = parts
+    (model,) = graph.models
+    raw = bytearray(model.data)
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    broken = dataclasses.replace(model, data=bytes(raw))
+    values = SlotValues(header, graph, layers, 8)
+    try:
+        changed = loaded(graph, broken, values, ONNX_RUNTIME_CPU)
+    except GraphError:
+        return
+    assert changed.model.slots == tuple(changed.values)
 
 
 @pytest.mark.parametrize("group_size", [None, 16, 48, 5, 6, 8])

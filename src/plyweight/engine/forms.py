@@ -26,6 +26,7 @@ from plyweight.engine.onnx_model import Declared, external_initializers
 from plyweight.engine.onnx_nodes import MICROSOFT, Node, Nodes, rewritten
 from plyweight.engine.session import check_declared, check_model
 from plyweight.engine.values import SlotValues
+from plyweight.errors import GraphError
 
 __all__ = ["Form", "FormKind", "Loaded", "Runtime", "loaded"]
 
@@ -102,6 +103,10 @@ def loaded(graph: Graph, model: Model, values: SlotValues, runtime: Runtime) -> 
         return Loaded(model, filled, forms)
     dropped = {f"{prefix}.{leaf}" for prefix in change.taken for leaf in ("levels", "scale")}
     added = {n: Declared(v.dtype.name, v.shape) for n, v in change.values.items()}
+    for name in added.keys() & (declared.keys() | graph.slots.keys()):
+        raise GraphError(
+            f"the graph has a slot {name!r} of the engine's own; pack the model again."
+        )
     kept = tuple(name for name in model.slots if name not in dropped)
     changed = Model(
         bit_widths=model.bit_widths,
@@ -166,8 +171,8 @@ class _Change:
         node = self.nodes.all[index]
         return (
             (node.op_type, node.domain) == ("Gather", "")
-            and node.inputs[0] == levels
-            and node.inputs[1] != levels
+            and node.inputs[:1] == (levels,)
+            and node.inputs.count(levels) == 1
             and node.attributes.get("axis", 0) == 0
         )
 
@@ -181,6 +186,7 @@ class _Change:
         return (
             (node.op_type, node.domain) == ("DequantizeLinear", "")
             and node.inputs == (f"{prefix}.levels", f"{prefix}.scale")
+            and len(node.outputs) == 1
             and {"axis": 1, **node.attributes} == expected
         )
 
@@ -195,6 +201,8 @@ class _Change:
     def _is_product(self, index: int, weight: str, prefix: str) -> bool:
         node = self.nodes.all[index]
         if node.domain or node.inputs[1:2] != (weight,) or node.inputs.count(weight) != 1:
+            return False
+        if len(node.outputs) != 1:
             return False
         if self.graph.modules[prefix].is_transposed:
             return node.op_type == "MatMul"
