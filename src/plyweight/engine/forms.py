@@ -13,6 +13,7 @@ those that the artifact's graph has exactly so, and only they; outputs stay what
 the rounding of sums in float32. For all others the graph stays as it is.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,9 +23,9 @@ from numpy.typing import NDArray
 
 from plyweight.artifact import Graph, Model
 from plyweight.engine.nibbles import BLOCK_SIZES, block_size_of, nibbles_of, sums_of_groups
-from plyweight.engine.onnx_model import Declared, external_initializers
+from plyweight.engine.onnx_model import Declared
 from plyweight.engine.onnx_nodes import MICROSOFT, Node, Nodes, rewritten
-from plyweight.engine.session import check_declared, check_model
+from plyweight.engine.session import check_declared, check_model, slots_in
 from plyweight.engine.values import SlotValues
 from plyweight.errors import GraphError
 
@@ -89,18 +90,18 @@ def loaded(graph: Graph, model: Model, values: SlotValues, runtime: Runtime) -> 
     """
     forms = {name: _as_in_graph(graph, name) for name in sorted(graph.modules)}
     weights = [name for name, form in forms.items() if form.kind == "dequantized"]
-    declared = external_initializers(model.data)  # which also says that it reads no file
-    change = _Change(graph, Nodes(model.data), values)
+    if not weights:
+        filled = {name: values.of(name) for name in model.slots}
+        check_model(model, filled)
+        return Loaded(model, filled, forms)
+    declared = slots_in(model.data)  # which also says that it reads no file
+    change = _Change(graph, _nodes(model.data), values)
     for prefix in weights:
         forms[prefix] = change.take(prefix, runtime)
     for prefix in change.taken:
         for leaf, dtype in (("levels", "int8"), ("scale", "float32")):
             name, shape = f"{prefix}.{leaf}", values.shape_of(prefix, leaf)
             check_declared(name, declared.get(name), Declared(dtype, shape))
-    if not change.taken:
-        filled = {name: values.of(name) for name in model.slots}
-        check_model(model, filled)
-        return Loaded(model, filled, forms)
     dropped = {f"{prefix}.{leaf}" for prefix in change.taken for leaf in ("levels", "scale")}
     added = {n: Declared(v.dtype.name, v.shape) for n, v in change.values.items()}
     for name in added.keys() & (declared.keys() | graph.slots.keys()):
@@ -116,6 +117,11 @@ def loaded(graph: Graph, model: Model, values: SlotValues, runtime: Runtime) -> 
     filled = {name: values.of(name) for name in kept} | change.values
     check_model(changed, filled)
     return Loaded(changed, filled, forms)
+
+
+@functools.lru_cache(maxsize=4)  # the models of an artifact, each for several bit-widths
+def _nodes(data: bytes) -> Nodes:
+    return Nodes(data)
 
 
 def _as_in_graph(graph: Graph, prefix: str) -> Form:

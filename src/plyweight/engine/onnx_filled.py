@@ -40,7 +40,4 @@ def _graph(graph: memoryview, values: Mapping[str, NDArray[Any]]) -> Iterator[Pa
         if name is None:
             yield raw
         else:
-<<<<<<< HEAD
-            yield from counted(GRAPH_INITIALIZER, tensor(name, values[name]))
-=======
             yield from counted(GRAPH_INITIALIZER, tensor(name, values[name]))

@@ -23,6 +23,7 @@ __all__ = [
     "check_ports",
     "first_line",
     "num_bytes_of",
+    "slots_in",
 ]
 
 Array = NDArray[Any]
@@ -71,7 +72,7 @@ def check_model(model: Model, values: Mapping[str, Array]) -> None:
     Raises:
         GraphError: If not.
     """
-    declared = _declared(model.data)
+    declared = slots_in(model.data)
     for name in sorted(declared.keys() ^ values.keys()):
         has, has_not = ("model", "list") if name in declared else ("list", "model")
         raise GraphError(
@@ -99,7 +100,12 @@ def check_declared(name: str, there: Declared | None, given: Declared) -> None:
 
 
 @functools.lru_cache(maxsize=4)  # the models of an artifact, each for several bit-widths
-def _declared(data: bytes) -> Mapping[str, Declared]:
+def slots_in(data: bytes) -> Mapping[str, Declared]:
+    """What a model declares its slots to be, by name; read once for each of the last models.
+
+    Raises:
+        GraphError: If it is no model, or one that reads files.
+    """
     return external_initializers(data)
 
 
