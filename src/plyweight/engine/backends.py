@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from plyweight.artifact import Graph, Model
-from plyweight.engine.forms import Runtime
+from plyweight.artifact import Graph
+from plyweight.engine.forms import Loaded, Runtime
 from plyweight.engine.onnxruntime_session import OnnxRuntimeSession, check_onnxruntime, is_cpu
 from plyweight.engine.openvino_session import OpenVinoSession, check_openvino
-from plyweight.engine.session import Array, Session, SessionOptions
+from plyweight.engine.session import Session, SessionOptions
 from plyweight.errors import EngineError, listed
 
 __all__ = [
@@ -26,12 +26,12 @@ class Backend:
 
     Attributes:
         check: raises an EngineError for options that it has not, an ImportError without it.
-        session: of a graph's model, with values in its slots, which it takes out of their dict.
+        session: of a graph's model as it is loaded, whose values it takes out of their dict.
         runtime: how it computes with weights whose inputs are floats.
     """
 
     check: Callable[[SessionOptions], None]
-    session: Callable[[Graph, Model, dict[str, Array], SessionOptions], Session]
+    session: Callable[[Graph, Loaded, SessionOptions], Session]
     runtime: Callable[[SessionOptions], Runtime]
 
 

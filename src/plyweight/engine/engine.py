@@ -244,7 +244,7 @@ class Engine:
         values = SlotValues(self._header, self._graph, layers, bit_width)
         ready = loaded(self._graph, model, values, backend.runtime(self._options))
         del values  # which keeps what modules share
-        return backend.session(self._graph, ready.model, ready.values, self._options), ready.forms
+        return backend.session(self._graph, ready, self._options), ready.forms
 
     def _require_held(self, bit_width: int) -> None:
         _ = self._warm.current  # a closed engine holds nothing, which is not what is wrong

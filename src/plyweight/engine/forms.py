@@ -81,6 +81,11 @@ class Loaded:
     values: dict[str, Array]
     forms: Mapping[str, Form]
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether no module has a form that was made for a runtime."""
+        return all(form.kind not in ("nibbles", "float") for form in self.forms.values())
+
 
 def loaded(graph: Graph, model: Model, values: SlotValues, runtime: Runtime) -> Loaded:
     """The ``model`` of ``graph`` with the values of a bit-width, in the forms for ``runtime``.

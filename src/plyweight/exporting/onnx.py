@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from plyweight.artifact import Header, Model, Port, publish_atomically
 from plyweight.engine.backends import ONNX_RUNTIME_CPU, PORTABLE
 from plyweight.engine.engine import graph_of
-from plyweight.engine.forms import Runtime, loaded
+from plyweight.engine.forms import Loaded, Runtime, loaded
 from plyweight.engine.onnx_filled import filled
 from plyweight.engine.onnxruntime_session import OnnxRuntimeSession, check_onnxruntime
 from plyweight.engine.session import SessionOptions, num_bytes_of
@@ -100,9 +100,7 @@ class Filled:
     def answers(self) -> list[tuple[Feeds, list[Array]]]:
         """Inputs, and what the engine makes of them."""
         ready = loaded(self.graph, self._whole, self._slots, ONNX_RUNTIME_CPU)
-        session = OnnxRuntimeSession(
-            self.graph, ready.model, ready.values, SessionOptions(None, None)
-        )
+        session = OnnxRuntimeSession(self.graph, ready, SessionOptions(None, None))
         return [(feeds, session.run(feeds)) for feeds in map(self._feeds, BATCH_SIZES)]
 
     def _narrow(self, values: Mapping[str, Array]) -> frozenset[str]:
@@ -142,7 +140,7 @@ def write_onnx(
         file.flush()
         file.seek(0)
         read = Model(bit_widths=(bit_width,), slots=(), data=file.read())
-        session = OnnxRuntimeSession(whole.graph, read, {}, SessionOptions(None, None))
+        session = OnnxRuntimeSession(whole.graph, Loaded(read, {}, {}), SessionOptions(None, None))
         for feeds, expected in whole.answers():
             outputs = session.run(feeds)
             if not all(map(_is_equal, outputs, expected)):
