@@ -30,7 +30,8 @@ struct Register {
 
 struct Isa {
     using Bits = Register;
-    static constexpr std::int32_t kBias = 0;
+    static constexpr bool kIsSigned = true;
+    static std::int32_t bias(const ProductJob&) { return 0; }
 
     static void tile_scales(const ProductJob& job, std::size_t tile, float* scales) {
         tile_scales_by_row(job, tile, scales);

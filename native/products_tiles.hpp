@@ -3,7 +3,8 @@
 //
 // `Isa` is what a variant has of its own:
 //     Bits                         registers to decode with (products_decode.hpp)
-//     kBias                        of the bytes that `dot` takes: level + kBias, 0 or 128
+//     kIsSigned                    whether `dot` takes levels, or levels + 128
+//     bias(job)                    how much higher than levels bytes are: 0 or up to 128
 //     tile_scales(job, tile, scales)             scales of a tile, (groups, 32)
 //     dot<rows>(w, quads, x, sums, first)        sums (rows, 32) of bytes w, codes x: int32
 //     float_dot<rows>(w, quads, x, sums, first)  the same of levels w and floats x
@@ -95,7 +96,7 @@ inline void int8_tile(const ProductJob& job, std::size_t tile, const float* scal
                       std::int32_t* sums) {
     const std::size_t inputs = job.row_blocks * kBlockInputs;
     for_each_slab<typename Isa::Bits>(
-        job, tile, Isa::kBias == 0 ? 0x80 : 0, y,
+        job, tile, Isa::kIsSigned ? 0x80 : 0, y,
         [&](std::size_t first, std::size_t rows, std::size_t row, const std::uint8_t* bytes,
             std::size_t block, std::size_t count, bool is_first) {
             const std::int8_t* x = job.codes + first * inputs + block * kBlockInputs * rows;
@@ -109,7 +110,7 @@ inline void int8_tile(const ProductJob& job, std::size_t tile, const float* scal
                 const std::size_t at = (begin + row) * job.num_groups + group;
                 const float code_scale = job.code_scales[at];
                 // Sums of biased bytes wrap around, and back with what the bias added to them.
-                const auto bias = static_cast<std::uint32_t>(Isa::kBias * job.sums[at]);
+                const auto bias = static_cast<std::uint32_t>(job.biases[at]);
                 const std::int32_t* sum = sums + row * kTileRows;
                 for (std::size_t i = 0; i < kTileRows; ++i) {
                     const auto whole =
@@ -171,23 +172,25 @@ inline void float_tiles_of(const ProductJob& job, std::size_t begin, std::size_t
 
 template <class Bits>
 inline void tile_levels_of(const ProductJob& job, std::size_t tile, std::int8_t* out) {
-    alignas(kLineBytes) std::uint8_t bytes[8 * kLineBytes];
+    alignas(kLineBytes) std::uint8_t bytes[kChunkBlocks * 8 * kLineBytes];
     const std::size_t inputs = job.row_blocks * kBlockInputs;
-    for (std::size_t block = 0; block < job.row_blocks; ++block) {
-        decode<Bits>(job.planes, job.bits, tile * job.row_blocks + block, 1, 0x80, bytes);
-        for (std::size_t quad = 0; quad < 4; ++quad) {
-            for (std::size_t row = 0; row < kTileRows; ++row) {
-                const std::uint8_t* from = bytes + quad * 2 * kLineBytes + row * 4;
-                std::int8_t* to = out + row * inputs + block * kBlockInputs + quad * 4;
-                for (std::size_t q = 0; q < 4; ++q) to[q] = static_cast<std::int8_t>(from[q]);
+    for (std::size_t block = 0; block < job.row_blocks; block += kChunkBlocks) {
+        const std::size_t count = smaller(kChunkBlocks, job.row_blocks - block);
+        decode<Bits>(job.planes, job.bits, tile * job.row_blocks + block, count, 0x80, bytes);
+        for (std::size_t row = 0; row < kTileRows; ++row) {
+            const std::uint8_t* from = bytes + row * 4;
+            std::int8_t* to = out + row * inputs + block * kBlockInputs;
+            for (std::size_t quad = 0; quad < 4 * count; ++quad) {
+                __builtin_memcpy(to + quad * 4, from + quad * 2 * kLineBytes, 4);
             }
         }
     }
 }
 
-// Rounds rows of x to 8 bits, by group, and packs them.
+// Rounds rows of x to 8 bits, by group, and packs them. A bias is `bias` times a sum of codes.
 inline void pack_int8_rows(const ProductJob& job, const float* x, std::size_t row_block,
-                           std::int8_t* codes_out, float* code_scales, std::int32_t* sums) {
+                           std::int8_t* codes_out, float* code_scales, std::int32_t* biases,
+                           std::int32_t bias) {
     constexpr std::size_t kPiece = 64;
     // Adding and taking away 1.5 * 2**23 rounds a small number to an integer, half to even.
     constexpr float rounder = 12582912.0f;
@@ -234,7 +237,7 @@ inline void pack_int8_rows(const ProductJob& job, const float* x, std::size_t ro
                 }
             }
             code_scales[(begin + row) * job.num_groups + group] = scale;
-            sums[(begin + row) * job.num_groups + group] = sum;
+            biases[(begin + row) * job.num_groups + group] = bias * sum;
         }
     }
 }
@@ -263,8 +266,8 @@ inline void pack_float_rows(const ProductJob& job, const float* x, std::size_t r
 // The functions that products.hpp declares for a variant, but for int8_tiles.
 #define PLYWEIGHT_DEFINE_PRODUCTS(Isa)                                                            \
     void pack_int8(const ProductJob& job, const float* x, std::size_t row_block,                  \
-                   std::int8_t* codes, float* code_scales, std::int32_t* sums) {                  \
-        pack_int8_rows(job, x, row_block, codes, code_scales, sums);                              \
+                   std::int8_t* codes, float* code_scales, std::int32_t* biases) {                \
+        pack_int8_rows(job, x, row_block, codes, code_scales, biases, Isa::bias(job));            \
     }                                                                                             \
     void pack_float(const ProductJob& job, const float* x, std::size_t row_block, float* floats) { \
         pack_float_rows(job, x, row_block, floats);                                               \
