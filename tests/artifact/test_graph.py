@@ -1,6 +1,7 @@
 """The graph: what it says comes back, and what breaks a rule is refused before it costs much."""
 
 import dataclasses
+import hashlib
 import json
 import tracemalloc
 import zlib
@@ -107,6 +108,53 @@ def test_any_graph_comes_back(params, steps, zero_point, data):
     assert Graph.from_bytes(one.to_bytes()) == one
 
 
+GROUPED = {"fc": Module(param="fc.weight", bias="fc.bias", group_size=4, is_transposed=True)}
+
+
+def test_a_graph_is_of_version_2_where_a_module_has_groups_and_of_1_elsewhere():
+    table, _ = fields()
+    assert table["version"] == 1
+    assert table["modules"]["conv"].keys() == {"param", "bias", "norm", "input", "is_transposed"}
+    both = graph(modules={**graph().modules, **GROUPED})
+    table, _ = fields(both)
+    assert table["version"] == 2
+    assert [table["modules"][name]["group"] for name in ("conv", "fc")] == [None, 4]
+    assert Graph.from_bytes(both.to_bytes()) == both
+
+
+def test_a_graph_of_version_1_was_always_these_bytes():
+    text = zlib.decompress(graph().to_bytes())
+    assert hashlib.sha256(text).hexdigest() == (
+        "d4a3a8d4239ece1d99522355708cec24d58429b6049bbec2c72933ea08b61cef"
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "group", "message"),
+    [
+        (1, 4, "has a field 'group'"),
+        (2, 0, "the group of module 'fc' of the graph is 0, but it must be an integer of 1"),
+        (2, "4", "must be an integer of 1"),
+        (2, True, "must be an integer of 1"),
+    ],
+)
+def test_a_group_is_a_number_of_inputs_since_version_2(version, group, message):
+    table, data = fields(graph(modules={**graph().modules, **GROUPED}))
+    table["version"], table["modules"]["fc"]["group"] = version, group
+    with pytest.raises(HeaderError, match=message):
+        Graph.from_bytes(packed(table, data))
+    del table["modules"]["fc"]["group"]
+    if version == 2:
+        with pytest.raises(HeaderError, match="lacks 'group'"):
+            Graph.from_bytes(packed(table, data))
+
+
+def test_a_bias_of_a_module_with_groups_has_no_scale():
+    narrow = Model(bit_widths=(2,), slots=("fc.bias_scale",), data=b"m")
+    with pytest.raises(HeaderError, match="none of its modules, quantizers and tensors fills it"):
+        graph(models=(narrow,), modules={**graph().modules, **GROUPED})
+
+
 def test_every_slot_says_what_fills_it():
     slots = graph().slots
     assert slots["conv.levels"] == Slot("module", "conv", "levels")
@@ -160,7 +208,7 @@ def test_bytes_that_are_no_graph_are_refused_for_what_is_wrong_with_them(data, m
         Graph.from_bytes(data)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", True, None])
+@pytest.mark.parametrize("version", [0, 3, "1", True, None])
 def test_another_version_is_refused_before_anything_else(version):
     with pytest.raises(VersionError, match="install a newer plyweight"):
         Graph.from_bytes(packed({"version": version, "something": "new"}))
@@ -293,7 +341,19 @@ MISFITS = {
         r"models for \[2\] bits, but the artifact stores \[2, 3, 8\]",
     ),
     "a weight": (conv(param="conv.bias"), "'conv.bias', but the artifact has no such layered weig"),
-    "a weight in groups": (conv(param="fc.weight"), "whose inputs are in groups"),
+    "a weight in groups": (
+        conv(param="fc.weight"),
+        "'fc.weight' in groups of None inputs, but the artifact has it in groups of 4",
+    ),
+    "other groups": (
+        conv(param="fc.weight", group_size=2),
+        "'fc.weight' in groups of 2 inputs, but the artifact has it in groups of 4",
+    ),
+    "groups of a weight that has none": (conv(group_size=2), "has it in groups of None"),
+    "groups of integers": (
+        conv(param="fc.weight", group_size=4, input="conv.in"),
+        "has groups of inputs, which 'conv.in' quantizes",
+    ),
     "a transposed kernel": (conv(is_transposed=True), "only two dimensions can be exchanged"),
     "a bias": (conv(bias="conv.bias"), "'conv.bias', but the artifact has no such plain tensor"),
     "a bias of another length": (conv(bias="fc.bias"), r"floats of shape \[3\]"),

@@ -9,6 +9,8 @@ What stands between a quantizer and the next one is one step here, as it is one 
 with sums in integers and all else in float32, halves to even. Sources: MlasRequantizeOutput,
 MlasQLinearAddKernelAvx2Helper in onnxruntime/core/mlas/lib. (The kernel for additions on Arm
 multiplies in fixed point, and may differ from this by one where a half is rounded.)
+
+Products of floats are computed in float64, which a runtime's float32 is compared with by a bound.
 """
 
 from dataclasses import dataclass
@@ -28,9 +30,10 @@ class Grid:
     levels: Any
     step: Any
     zero_point: Any
+    axis: int = 1
 
-    def numpy(self, axis=1):
-        step, zero_point = (_along(value, self.levels.ndim, axis) for value in self._grid())
+    def numpy(self):
+        step, zero_point = (_along(value, self.levels.ndim, self.axis) for value in self._grid())
         return (self.levels.astype(F32) - F32(zero_point)) * step
 
     def centred(self):
@@ -95,8 +98,23 @@ def quantize_linear(x, step, zero_point):
     return _clamped(np.rint(_float(x) / step), zero_point)
 
 
-def dequantize_linear(levels, step, zero_point=None, axis=1):
-    return Grid(levels, step, F32(0) if zero_point is None else zero_point)
+def dequantize_linear(levels, step, zero_point=None, axis=1, block_size=0):
+    if block_size:
+        spread = np.repeat(step, block_size, axis)
+        return levels * spread[tuple(slice(length) for length in levels.shape)]
+    return Grid(levels, step, F32(0) if zero_point is None else zero_point, axis)
+
+
+def mat_mul_n_bits(x, codes, scale, *, K, N, bits, block_size, accuracy_level):
+    """The definition of com.microsoft.MatMulNBits, a weight at a time."""
+    assert (bits, accuracy_level) == (4, 1)
+    weight = np.zeros((N, K))
+    for n in range(N):
+        for k in range(K):
+            pair = int(codes[n].reshape(-1)[k // 2])  # the lower half comes first
+            code = pair >> 4 * (k % 2) & 15
+            weight[n, k] = np.float64(scale[n, k // block_size]) * (code - 8)
+    return x @ weight.T
 
 
 def clip(x, lowest=None, highest=None):
@@ -123,6 +141,9 @@ def conv(x, weight, bias=None, pads=(0, 0, 0, 0), strides=(1, 1), dilations=(1, 
 
 
 def gemm(x, weight, bias=None, transB=0, **_):
+    if not isinstance(x, Grid):
+        kernel = _float(weight).astype(np.float64)
+        return x @ (kernel.T if transB else kernel) + (0 if bias is None else bias)
     kernel = weight.levels.astype(np.int64)
     sums = x.centred() @ (kernel.T if transB else kernel)
     return Sums(sums + (0 if bias is None else bias.levels), x.step, weight.step)
@@ -209,19 +230,26 @@ OPERATORS = {
     "Conv": conv,
     "DequantizeLinear": dequantize_linear,
     "Flatten": flatten,
+    "Identity": lambda x: x,
+    "Cast": lambda x, to: x.astype(onnx.helper.tensor_dtype_to_np_dtype(to)),
+    "Gather": lambda x, index, axis=0: np.take(x, index, axis),
     "Gemm": gemm,
     "GlobalAveragePool": global_average_pool,
     "MatMul": gemm,
+    "MatMulNBits": mat_mul_n_bits,
     "MaxPool": max_pool,
     "Min": np.minimum,
+    "Mul": lambda x, y: _float(x) * _float(y),
     "Pad": pad,
     "QuantizeLinear": quantize_linear,
     "ReduceMean": reduce_mean,
+    "ReduceSum": lambda x, keepdims=1: np.sum(x, keepdims=bool(keepdims)),
     "Relu": relu,
     "Reshape": reshape,
     "Shape": shape,
     "Slice": slice_,
     "Squeeze": squeeze,
+    "Unsqueeze": lambda x, axes: np.expand_dims(x, tuple(axes)),
 }
 
 

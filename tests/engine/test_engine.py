@@ -84,9 +84,9 @@ def test_a_warm_width_is_the_session_from_before_and_a_cold_one_is_made(path, mo
     made = []
     backend = BACKENDS["onnxruntime"]
 
-    def counting(graph, model, values, options):
-        made.append(model.bit_widths)
-        return backend.session(graph, model, values, options)
+    def counting(graph, ready, options):
+        made.append(ready.model.bit_widths)
+        return backend.session(graph, ready, options)
 
     counted = dataclasses.replace(backend, session=counting)
     monkeypatch.setitem(BACKENDS, "onnxruntime", counted)

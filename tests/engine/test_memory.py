@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine.handmade import float32
+from engine.weight_only import WeightOnly
 from onnx import TensorProto, helper
 
 from plyweight.artifact import (
@@ -127,14 +128,25 @@ def test_the_values_take_no_more_than_the_levels_and_a_little(path):
     assert peak < levels + 3 * WIDTH * WIDTH  # one matrix more while it is transposed
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux says how much")
-def test_a_downgrade_and_closing_give_memory_back_to_the_system(path):
-    code = f"""if True:
+def in_a_process(code, path):
+    """The numbers that ``code`` prints, where ``resident()`` says how many bytes there are."""
+    start = """if True:
         import sys, numpy, plyweight
         def resident():
             with open("/proc/self/statm") as file:
                 return int(file.read().split()[1]) * 4096
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", start + code, str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return map(int, done.stdout.split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux says how much")
+def test_a_downgrade_and_closing_give_memory_back_to_the_system(path):
+    code = f"""
         x = {{"input": numpy.zeros((1, {WIDTH}), "float32")}}
         plyweight.open(sys.argv[1], bit_width=2, threads=1).close()  # what is needed once
         before = resident()
@@ -152,11 +164,7 @@ def test_a_downgrade_and_closing_give_memory_back_to_the_system(path):
         closed = resident()
         print(all_widths - before, report.resident_bytes, one_width - before, told, closed - before)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    all_widths, told_all, one_width, told_one, closed = map(int, done.stdout.split())
+    all_widths, told_all, one_width, told_one, closed = in_a_process(code, path)
     levels = DEPTH * WIDTH * WIDTH
     assert all_widths > 6 * levels  # three sessions, each with its values and the runtime's form
     assert one_width < all_widths / 2
@@ -164,3 +172,23 @@ def test_a_downgrade_and_closing_give_memory_back_to_the_system(path):
     # What the report says is what the system says, give or take a few MiB.
     assert abs(told_all - all_widths) < levels
     assert abs(told_one - one_width) < levels
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux says how much")
+def test_a_session_of_nibbles_takes_half_a_byte_for_a_weight_or_one(tmp_path):
+    levels, path = 4096 * 8192, tmp_path / "net"
+    WeightOnly(4096, 8192, bit_widths=(2, 8)).write(path)
+    code = """
+        x = {"x": numpy.zeros((1, 4096), "float32")}
+        plyweight.open(sys.argv[1], bit_width=2, threads=1).close()  # what is needed once
+        for bit_width in (2, 8):
+            before = resident()
+            with plyweight.open(sys.argv[1], bit_width=bit_width, threads=1) as engine:
+                engine.run(x)
+                print(resident() - before - engine.report().held_bytes)
+    """
+    narrow, wide = in_a_process(code, path)
+    scales = levels // 256 * 4
+    assert abs(narrow - levels / 2 - scales) < levels / 8
+    assert abs(wide - levels - 2 * scales) < levels / 8

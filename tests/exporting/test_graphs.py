@@ -13,6 +13,7 @@ import pytest
 import torch
 from graph.nets import SmallTransformer, prepared
 from graph.packed import IMAGES, NETS, Packed
+from safetensors.torch import load_file
 
 import plyweight
 from plyweight.errors import GraphError, LayeringError, OutputError
@@ -33,6 +34,19 @@ def transformers(tmp_path_factory):
         return Packed(model, TOKENS, tmp_path_factory.mktemp("transformer"))
 
     return {activations: make(activations) for activations in (8, None)}
+
+
+@pytest.fixture(scope="module")
+def weights_only(tmp_path_factory):
+    """The same with weights only, by size of groups: of 8 inputs, 16 are one group of a few."""
+
+    def make(group_size):
+        torch.manual_seed(0)
+        options = {"activations": None, "group_size": group_size}
+        model = prepared(SmallTransformer(), TOKENS, (2, 4, 8), **options)
+        return Packed(model, TOKENS, tmp_path_factory.mktemp("weights_only"))
+
+    return {group_size: make(group_size) for group_size in (None, 3, 16)}
 
 
 def of_engine(path, bit_width, inputs):
@@ -68,8 +82,14 @@ def test_an_onnx_file_gives_the_engines_numbers(net, bit_width, packed_nets, tmp
 @pytest.mark.parametrize("activations", [8, None])
 def test_tied_weights_are_in_the_file_once(activations, transformers, tmp_path):
     packed, path = transformers[activations], tmp_path / "net.onnx"
-    export(packed.path, path, bit_width=4, to="onnx")
-    assert np.array_equal(of_file(path, TOKENS.numpy()), of_engine(packed.path, 4, TOKENS))
+    report = export(packed.path, path, bit_width=4, to="onnx")
+    found, expected = of_file(path, TOKENS.numpy()), of_engine(packed.path, 4, TOKENS)
+    if activations:
+        assert report.difference == 0
+        assert np.array_equal(found, expected)
+    else:  # sums of floats are rounded otherwise in nibbles
+        assert report.difference < 1e-6
+        assert np.abs(found - expected).max() < 1e-5 * expected.std()
     model = onnx.load(path)
     digests = digests_of(model)
     assert len(set(digests)) == len(digests)
@@ -91,6 +111,56 @@ def test_half_bytes_give_the_same_numbers_on_integers(bit_width, packed_nets, tm
     levels = [t for t in other.graph.initializer if t.name.endswith(".levels")]
     assert sum((len(t.raw_data) + 1) // 2 for t in levels) == sum(len(t.raw_data) for t in codes)
     assert not any(t.name.endswith(".levels") for t in model.graph.initializer)
+
+
+@pytest.mark.parametrize("to", ["onnx", "onnx-int4", "openvino"])
+@pytest.mark.parametrize("group_size", [None, 3, 16])
+@pytest.mark.parametrize("bit_width", [2, 4])
+def test_networks_of_weights_only_are_exported_and_read_back(
+    to, group_size, bit_width, weights_only, tmp_path
+):
+    packed, path = weights_only[group_size], tmp_path / ("net.xml" if to == "openvino" else "net")
+    report = export(packed.path, path, bit_width=bit_width, to=to)
+    assert 0 <= report.difference < 1e-6
+    expected = packed.expected(bit_width, TOKENS)
+    if to == "openvino":
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+        found = openvino.Core().compile_model(path, "CPU", settings)([TOKENS.numpy()])[0]
+    else:
+        found = of_file(path, TOKENS.numpy())
+        onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert np.abs(found - expected).max() < 1e-5 * expected.std()
+
+
+def test_half_bytes_of_weights_only_need_no_setting_and_are_the_engines_nibbles(
+    weights_only, tmp_path
+):
+    """The operator says itself that activations stay floats."""
+    packed, path = weights_only[None], tmp_path / "net.onnx"
+    assert export(packed.path, path, bit_width=4, to="onnx-int4").difference == 0
+    stock = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = stock.run(None, {stock.get_inputs()[0].name: TOKENS.numpy()})
+    assert np.array_equal(found, of_engine(packed.path, 4, TOKENS))
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("MatMulNBits") == 7
+    assert "DequantizeLinear" not in kinds
+    with pytest.raises(GraphError, match="no weight has 4 bits or fewer at 8 bits"):
+        export(packed.path, tmp_path / "wide.onnx", bit_width=8, to="onnx-int4")
+
+
+@pytest.mark.parametrize("group_size", [None, 3, 16])
+def test_a_torch_program_and_a_state_dict_of_weights_only(group_size, weights_only, tmp_path):
+    packed, path = weights_only[group_size], tmp_path / "net.pt2"
+    options = {"model": SmallTransformer(), "example_inputs": TOKENS[:2]}
+    assert export(packed.path, path, bit_width=4, to="torch", **options).difference == 0
+    with torch.no_grad():
+        found = torch.export.load(path).module()(TOKENS).numpy()
+    expected = of_engine(packed.path, 4, TOKENS)
+    assert np.abs(found - expected).max() < 1e-5 * expected.std()
+    export(packed.path, tmp_path / "weights", bit_width=4)
+    weights = load_file(tmp_path / "weights")
+    loaded = plyweight.load(packed.path, SmallTransformer(), bit_width=4)
+    assert torch.equal(weights["embedding.weight"], loaded.head.weight)
 
 
 def test_pinned_weights_stay_bytes_and_only_bytes_are_refused(tmp_path):

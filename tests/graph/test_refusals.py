@@ -41,7 +41,7 @@ def small(*modules, **options):
     [
         (lambda: small(Branching()), X, "module '1' cannot be traced"),
         (lambda: small(Unknown()), X, "operator prims.bessel_j0.default of module '1'"),
-        (lambda: small(group_size=2), X, "0.weight has a scale for each group of 2 inputs"),
+        (lambda: small(group_size=2), X, "weight of 0 has a scale for each group of 2 inputs"),
         (lambda: small().double(), X.double(), "0.weight is torch.float64"),
         (lambda: small(), [], "gave no batch"),
         (lambda: small(), "images", "has a str"),

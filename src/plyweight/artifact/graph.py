@@ -47,7 +47,7 @@ from plyweight.errors import HeaderError, VersionError
 
 __all__ = ["GRAPH_VERSION", "Graph", "Slot"]
 
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2  # the newest; what has no groups is written as version 1, as it always was
 MAX_TEXT_BYTES = 16 * 2**20  # of JSON, as of a header
 LENGTH_BYTES = 8
 KEYS = ("version", "models", "inputs", "outputs", "modules", "quantizers", "tensors")
@@ -130,9 +130,10 @@ class Graph:
         return slots
 
     def _all_slots(self) -> Iterator[tuple[str, Slot]]:
-        for prefix in self.modules:
+        for prefix, module in self.modules.items():
             for leaf in MODULE_LEAVES:
-                yield f"{prefix}.{leaf}", Slot("module", prefix, leaf)
+                if leaf != "bias_scale" or module.group_size is None:
+                    yield f"{prefix}.{leaf}", Slot("module", prefix, leaf)
         for prefix in self.quantizers:
             for leaf in QUANTIZER_LEAVES:
                 yield f"{prefix}.{leaf}", Slot("quantizer", prefix, leaf)
@@ -188,7 +189,7 @@ class Graph:
             models=parse_models(fields["models"], memoryview(content)[end:]),
             inputs=parse_ports(fields["inputs"], "inputs"),
             outputs=parse_ports(fields["outputs"], "outputs"),
-            modules=parse_modules(fields["modules"]),
+            modules=parse_modules(fields["modules"], has_groups=fields["version"] > 1),
             quantizers=parse_quantizers(fields["quantizers"]),
             tensors=parse_tensor_names(fields["tensors"]),
         )
@@ -199,12 +200,13 @@ class Graph:
         Raises:
             HeaderError: If no reader would accept them.
         """
+        has_groups = any(module.group_size is not None for module in self.modules.values())
         fields = {
-            "version": GRAPH_VERSION,
+            "version": 2 if has_groups else 1,
             "models": model_fields(self.models),
             "inputs": port_fields(self.inputs),
             "outputs": port_fields(self.outputs),
-            "modules": module_fields(self.modules),
+            "modules": module_fields(self.modules, has_groups=has_groups),
             "quantizers": quantizer_fields(self.quantizers),
             "tensors": dict(self.tensors),
         }
@@ -256,10 +258,16 @@ class _Checker:
         if weight is None:
             raise _lacks(what, module.param, "layered weight")
         num_channels = weight.shape[0]
-        if weight.scale_shape not in ((num_channels,), (num_channels, 1)):
+        group_size = None if weight.scale_shape[1:] in ((), (1,)) else weight.group_size
+        if module.group_size != group_size:
             raise header_error(
-                f"{what} uses {shown(module.param)}, whose inputs are in groups",
-                "a graph's weights have one scale for each output channel",
+                f"{what} uses {shown(module.param)} in groups of {module.group_size} inputs",
+                f"the artifact has it in groups of {group_size}",
+            )
+        if group_size is not None and module.input is not None:
+            raise header_error(
+                f"{what} has groups of inputs, which {shown(module.input)} quantizes",
+                "sums of integers have one scale for each output channel",
             )
         if module.is_transposed and len(weight.shape) != 2:
             raise header_error(
@@ -351,9 +359,9 @@ def _versioned(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict) or "version" not in value:
         raise header_error(f"the graph is {shown(value)}", "it is an object with a version")
     # Before anything whose meaning depends on it.
-    if type(value["version"]) is not int or value["version"] != GRAPH_VERSION:
+    if type(value["version"]) is not int or not 1 <= value["version"] <= GRAPH_VERSION:
         raise VersionError(
             f"the graph has version {shown(value['version'])}, but this reader knows "
-            f"{GRAPH_VERSION}; install a newer plyweight."
+            f"1 to {GRAPH_VERSION}; install a newer plyweight."
         )
     return check_keys(value, "the graph", KEYS)

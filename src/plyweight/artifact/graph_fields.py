@@ -41,6 +41,8 @@ MAX_ITEMS = 200_000  # as many tensors as an artifact may have
 
 # What Python writes for a finite float that is not negative; nothing that takes long to read.
 _NUMBER = re.compile(r"[0-9]{1,24}(\.[0-9]{1,24})?(e[+-]?[0-9]{1,3})?")
+MODULE_KEYS = ("param", "bias", "norm", "input", "is_transposed")
+GROUP_KEYS = ("group",)  # since version 2
 _WIDTHS = {str(width): width for width in range(1, MAX_BIT_WIDTH + 1)}
 
 
@@ -98,6 +100,7 @@ class Module:
         norm: the batch norm that follows it, if one does.
         input: prefix of the quantizer of its input; None where that is a float.
         is_transposed: whether the graph has the weight as ``(in, out)``.
+        group_size: inputs that share a scale; None for one scale per output channel.
     """
 
     param: str
@@ -105,6 +108,7 @@ class Module:
     norm: Norm | None = None
     input: str | None = None
     is_transposed: bool = False
+    group_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,12 +209,14 @@ def port_fields(ports: Sequence[Port]) -> list[dict[str, object]]:
     return [{"name": p.name, "dtype": p.dtype, "shape": list(p.shape)} for p in ports]
 
 
-def parse_modules(value: object) -> dict[str, Module]:
-    """``{prefix: {"param", "bias", "norm", "input", "is_transposed"}}``."""
+def parse_modules(value: object, *, has_groups: bool) -> dict[str, Module]:
+    """``{prefix: {"param", "bias", "norm", "input", "is_transposed"}}``, and ``"group"``."""
+    keys = MODULE_KEYS + GROUP_KEYS if has_groups else MODULE_KEYS
     modules = {}
     for prefix, item in _by_name(value, "modules").items():
         what = f"module {shown(prefix)} of the graph"
-        fields = check_keys(item, what, ("param", "bias", "norm", "input", "is_transposed"))
+        fields = check_keys(item, what, keys)
+        group_size = fields.get("group")
         if type(fields["is_transposed"]) is not bool:
             raise header_error(f"is_transposed of {what} is no boolean", "it must be true or false")
         modules[prefix] = Module(
@@ -219,11 +225,14 @@ def parse_modules(value: object) -> dict[str, Module]:
             norm=None if fields["norm"] is None else _norm(fields["norm"], what),
             input=_name_or_none(fields["input"], f"the input of {what}"),
             is_transposed=fields["is_transposed"],
+            group_size=None
+            if group_size is None
+            else check_integer(group_size, f"the group of {what}", 1, MAX_DIM),
         )
     return modules
 
 
-def module_fields(modules: Mapping[str, Module]) -> dict[str, object]:
+def module_fields(modules: Mapping[str, Module], *, has_groups: bool) -> dict[str, object]:
     """The inverse of :func:`parse_modules`."""
     return {
         prefix: {
@@ -235,6 +244,7 @@ def module_fields(modules: Mapping[str, Module]) -> dict[str, object]:
             "input": module.input,
             "is_transposed": module.is_transposed,
         }
+        | ({"group": module.group_size} if has_groups else {})
         for prefix, module in modules.items()
     }
 

@@ -111,9 +111,11 @@ def from_planes(planes: Iterable[Any], shape: tuple[int, ...], *, kernel: str = 
     """
     rows = list(planes)
     if not all(isinstance(row, np.ndarray) for row in rows):
+        if kernel != "auto":  # or nothing is to be chosen, which a compiler could not follow
+            native.choose(kernel)
         return from_planes_reference(rows, shape)
     _check_planes(rows, shape)
-    variant = native.choose(kernel).variant  # not before: a compiler may be following torch tensors
+    variant = native.choose(kernel).variant
     if variant is None:
         return _from_planes_in_numpy(rows, shape)
     codes = np.empty(prod(shape), np.uint8)

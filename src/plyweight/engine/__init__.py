@@ -8,7 +8,8 @@ imported when an engine is opened.
 """
 
 from plyweight.engine.engine import Engine
+from plyweight.engine.forms import Form
 from plyweight.engine.opening import open
 from plyweight.engine.report import EngineReport, WarmReport
 
-__all__ = ["Engine", "EngineReport", "WarmReport", "open"]
+__all__ = ["Engine", "EngineReport", "Form", "WarmReport", "open"]

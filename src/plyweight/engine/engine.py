@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from plyweight.artifact import GRAPH_NAME, ArtifactReader, Graph, Header, Port
 from plyweight.engine.backends import BACKENDS
+from plyweight.engine.forms import Form, loaded
 from plyweight.engine.inputs import check_inputs
 from plyweight.engine.memory import give_back
 from plyweight.engine.report import EngineReport, WarmReport
-from plyweight.engine.session import Session, SessionOptions, check_model
+from plyweight.engine.session import Session, SessionOptions
 from plyweight.engine.values import SlotValues, Views
 from plyweight.engine.warm import Warm, WarmWidths
 from plyweight.errors import ArtifactError, BitWidthError, GraphError
@@ -70,7 +71,7 @@ class Engine:
             *(reader.read_layer(i) for i in range(1, num_layers)),
         )
         self._warm = WarmWidths(warm_bytes)
-        self._warm.install(bit_width, self._session(self._layers, bit_width))
+        self._warm.install(bit_width, *self._session(self._layers, bit_width))
         give_back()
 
     @property
@@ -199,18 +200,20 @@ class Engine:
         Raises:
             EngineError: If the engine is closed.
         """
-        bit_width, bit_widths = self.bit_width, self.bit_widths
+        current, bit_widths = self._warm.current, self.bit_widths
+        bit_width = current.bit_width
         return EngineReport(
             name=self._name,
             artifact_id=self._header.artifact_id,
             backend=self._backend,
-            providers=self._warm.current.session.provider_names,
+            providers=current.session.provider_names,
             bit_width=bit_width,
             bit_widths=bit_widths,
             stored_bit_widths=self._header.bit_widths,
             held_bytes=self._header.prefix_bytes(bit_widths[-1]),
             warm=tuple(self._warm_report(warm, bit_width) for warm in self._warm.all()),
             warm_bytes=self._warm.most_bytes,
+            forms=current.forms,
         )
 
     def __enter__(self) -> Self:
@@ -231,14 +234,17 @@ class Engine:
     def _compute_at(self, bit_width: int, layers: Sequence[Views]) -> None:
         """Make that session current, a new one where it is not warm."""
         if not self._warm.switch(bit_width):
-            self._warm.install(bit_width, self._session(layers, bit_width))
+            self._warm.install(bit_width, *self._session(layers, bit_width))
             give_back()
 
-    def _session(self, layers: Sequence[Views], bit_width: int) -> Session:
-        model = self._graph.model_for(bit_width)
-        values = SlotValues(self._header, self._graph, layers, bit_width).all()
-        check_model(model, values)
-        return BACKENDS[self._backend].session(self._graph, model, values, self._options)
+    def _session(
+        self, layers: Sequence[Views], bit_width: int
+    ) -> tuple[Session, Mapping[str, Form]]:
+        backend, model = BACKENDS[self._backend], self._graph.model_for(bit_width)
+        values = SlotValues(self._header, self._graph, layers, bit_width)
+        ready = loaded(self._graph, model, values, backend.runtime(self._options))
+        del values  # which keeps what modules share
+        return backend.session(self._graph, ready, self._options), ready.forms
 
     def _require_held(self, bit_width: int) -> None:
         _ = self._warm.current  # a closed engine holds nothing, which is not what is wrong

@@ -11,13 +11,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from plyweight.engine.onnx_model import (
-    GRAPH_INITIALIZER,
-    MODEL_GRAPH,
-    fields_and_bytes,
-    slot_name,
-)
-from plyweight.engine.onnx_writing import Part, counted, tensor
+from plyweight.engine.onnx_model import GRAPH_INITIALIZER, MODEL_GRAPH, slot_name
+from plyweight.engine.onnx_writing import tensor
+from plyweight.engine.protobuf import Part, counted, fields_and_bytes
 
 __all__ = ["filled"]
 

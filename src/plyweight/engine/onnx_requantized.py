@@ -33,10 +33,10 @@ from plyweight.engine.onnx_model import (
     MODEL_GRAPH,
     NODE_ATTRIBUTE,
     NODE_OP_TYPE,
-    fields_and_bytes,
     slot_name,
 )
-from plyweight.engine.onnx_writing import Part, counted, tensor
+from plyweight.engine.onnx_writing import tensor
+from plyweight.engine.protobuf import Part, counted, fields_and_bytes
 
 __all__ = ["requantized"]
 

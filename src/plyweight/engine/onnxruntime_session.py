@@ -1,8 +1,14 @@
 """ONNX Runtime as a backend, the default one.
 
-Its session takes the model's bytes and the values in memory: nothing is written to disk, and the
-values are not copied into the model first. It computes with those arrays for as long as it lives,
-so it keeps them.
+Its session takes the model's bytes and the values in memory: nothing is written to disk. There are
+two ways, and the runtime packs the weights into a form of its own in both:
+
+    beside    the values as "external initializers", which the session reads and does not own, so
+              that they stay beside its own form: made soonest (a cold switch of ResNet-18 49 ms),
+              and held twice. Networks of integers, which are small and switch.
+    inside    the values in the model's message: the runtime owns them, and gives back what it has
+              packed. Held once, for 9 to 15 ms of copies. Weights alone, which may be large; only
+              a model that is too large for one message has them beside it all the same.
 
 Integer products are the exact ones on every machine: where its instructions would saturate
 (``exactness`` finds out), ONNX Runtime is told to make the weights unsigned first.
@@ -11,8 +17,10 @@ Integer products are the exact ones on every machine: where its instructions wou
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from plyweight.artifact import Graph, Model
+from plyweight.artifact import Graph
 from plyweight.engine.exactness import does_saturate
+from plyweight.engine.forms import Loaded
+from plyweight.engine.onnx_filled import filled
 from plyweight.engine.onnx_requantized import requantized
 from plyweight.engine.session import (
     Array,
@@ -24,12 +32,13 @@ from plyweight.engine.session import (
 )
 from plyweight.errors import EngineError, GraphError, listed
 
-__all__ = ["OnnxRuntimeSession", "check_onnxruntime"]
+__all__ = ["OnnxRuntimeSession", "check_onnxruntime", "is_cpu"]
 
 CPU = "CPUExecutionProvider"
 FATAL_ONLY = 4  # of ONNX Runtime's levels of logging: what goes wrong is raised
-# ONNX Runtime packs the weights into a form of its own, about as large, beside the values.
-COPIES = 2
+# Of a protocol buffer; and room for the model itself.
+MAX_MESSAGE_BYTES = 2**31 - 2**24
+COPIES_BESIDE = 2  # the values, and the runtime's own form of them
 
 
 class OnnxRuntimeSession:
@@ -37,8 +46,8 @@ class OnnxRuntimeSession:
 
     Args:
         graph: that the model is of.
-        model: whose slots are the names of ``values``.
-        values: by slot; they must not be written to any more.
+        ready: the model and its values. They are taken out of their dict, so that their memory is
+            free as soon as the runtime has what it needs.
         options: how to compute.
 
     Raises:
@@ -46,16 +55,14 @@ class OnnxRuntimeSession:
         EngineError: If a provider is not there.
     """
 
-    def __init__(
-        self, graph: Graph, model: Model, values: Mapping[str, Array], options: SessionOptions
-    ) -> None:
+    def __init__(self, graph: Graph, ready: Loaded, options: SessionOptions) -> None:
         runtime = onnxruntime()
         providers = _providers(options)
         self.provider_names = _names(providers)
-        data, values = requantized(model.data, values)
-        self._values = dict(values)  # the runtime reads this memory and does not own it
         self._outputs = [port.name for port in graph.outputs]
-        self.num_bytes = len(data) + COPIES * num_bytes_of(values)
+        model = ready.model
+        data, left = requantized(model.data, ready.values)
+        num_bytes = num_bytes_of(left)
         settings = runtime.SessionOptions()
         settings.log_severity_level = FATAL_ONLY
         if options.threads is not None:
@@ -65,8 +72,17 @@ class OnnxRuntimeSession:
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if does_saturate(runtime):
             settings.add_session_config_entry("session.x64quantprecision", "1")
-        wrapped = [runtime.OrtValue.ortvalue_from_numpy(value) for value in self._values.values()]
-        settings.add_external_initializers(list(self._values), wrapped)
+        self._values: dict[str, Array] = {}
+        if not ready.is_integer and num_bytes <= MAX_MESSAGE_BYTES:
+            data = filled(data, left)
+            self.num_bytes = len(data)
+        else:
+            self.num_bytes = len(data) + COPIES_BESIDE * num_bytes
+            self._values = dict(left)
+            wrapped = [runtime.OrtValue.ortvalue_from_numpy(v) for v in self._values.values()]
+            settings.add_external_initializers(list(self._values), wrapped)
+        ready.values.clear()
+        del left
         try:
             self._session = runtime.InferenceSession(
                 data,
@@ -81,6 +97,8 @@ class OnnxRuntimeSession:
                 f"{listed(model.bit_widths)} bits ({first_line(error)}); pack the model again, "
                 "or install a newer one."
             ) from error
+        # Kept by the package for a second session on other providers, which is never made here.
+        self._session._model_bytes = None
         _require_used(self.provider_names, self._session.get_providers())
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         check_ports(graph, (node.name for node in inputs), (node.name for node in outputs))
@@ -112,6 +130,11 @@ def check_onnxruntime(options: SessionOptions) -> None:
             f"the providers {listed(missing)} were asked for, but this ONNX Runtime has "
             f"{listed(available)}; give some of those, or install a build that has more."
         )
+
+
+def is_cpu(options: SessionOptions) -> bool:
+    """Whether it is the runtime's CPU that computes."""
+    return _names(_providers(options))[:1] == (CPU,)
 
 
 def onnxruntime() -> Any:

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from plyweight.artifact import Graph, Model
+from plyweight.artifact import Graph
 from plyweight.engine.exactness import COLUMNS, INNER, LARGEST_SIGNED, LARGEST_UNSIGNED, ROWS
+from plyweight.engine.forms import Loaded
 from plyweight.engine.onnx_filled import filled
 from plyweight.engine.session import (
     Array,
     SessionOptions,
     check_ports,
     first_line,
-    num_bytes_of,
 )
 from plyweight.errors import EngineError, GraphError, listed
 
@@ -44,8 +44,7 @@ class OpenVinoSession:
 
     Args:
         graph: that the model is of.
-        model: whose slots are the names of ``values``.
-        values: by slot.
+        ready: the model and its values, which are taken out of their dict.
         options: how to compute.
 
     Raises:
@@ -54,24 +53,24 @@ class OpenVinoSession:
 
     provider_names = (DEVICE,)
 
-    def __init__(
-        self, graph: Graph, model: Model, values: Mapping[str, Array], options: SessionOptions
-    ) -> None:
+    def __init__(self, graph: Graph, ready: Loaded, options: SessionOptions) -> None:
         runtime = openvino()
         settings = dict(SETTINGS)
         if options.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = options.threads
+        data = filled(ready.model.data, ready.values)
+        ready.values.clear()
         try:
             core = _core(runtime)
-            whole = core.read_model(filled(model.data, values))
+            whole = core.read_model(data)
             self._compiled = core.compile_model(whole, DEVICE, settings)
         except Exception as error:  # those of the runtime have no class in common
             raise GraphError(
                 f"OpenVINO {runtime.__version__} refuses the graph for "
-                f"{listed(model.bit_widths)} bits ({first_line(error)}); open it with another "
-                "backend, or install a newer one."
+                f"{listed(ready.model.bit_widths)} bits ({first_line(error)}); open it with "
+                "another backend, or install a newer one."
             ) from error
-        self.num_bytes = len(model.data) + COPIES * num_bytes_of(values)
+        self.num_bytes = COPIES * len(data)
         inputs, outputs = self._compiled.inputs, self._compiled.outputs
         check_ports(graph, map(_name, inputs), map(_name, outputs))
         places = {_name(output): place for place, output in enumerate(outputs)}

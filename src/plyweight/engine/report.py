@@ -1,6 +1,10 @@
 """Report: what an engine holds, what of it takes memory, and why."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from plyweight.engine.forms import Form
 
 __all__ = ["EngineReport", "WarmReport"]
 
@@ -37,6 +41,8 @@ class EngineReport:
         held_bytes: of header and layers in memory.
         warm: bit-widths with a session, the current one first.
         warm_bytes: that those beside the current one may take.
+        forms: how each module computes at the current bit-width, and why, by its prefix in the
+            graph.
     """
 
     name: str
@@ -49,6 +55,7 @@ class EngineReport:
     held_bytes: int
     warm: tuple[WarmReport, ...]
     warm_bytes: int
+    forms: Mapping[str, Form]
 
     @property
     def resident_bytes(self) -> int:
@@ -56,7 +63,7 @@ class EngineReport:
         return self.held_bytes + sum(warm.num_bytes for warm in self.warm)
 
     def __str__(self) -> str:
-        """A line, one for the layers, then one for each session."""
+        """A line, one for the layers, one for each session, and one for each form of modules."""
         held, stored = (
             ", ".join(map(str, widths)) for widths in (self.bit_widths, self.stored_bit_widths)
         )
@@ -69,4 +76,6 @@ class EngineReport:
             f"  {warm.num_bytes:,} bytes: session of {warm.bit_width} bits, {warm.reason}"
             for warm in self.warm
         ]
+        counts = Counter((form.kind, form.reason) for form in self.forms.values())
+        lines += [f"  {number} x {kind}: {reason}" for (kind, reason), number in counts.items()]
         return "\n".join(lines)

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from plyweight.artifact import Graph, Model
@@ -19,10 +18,12 @@ __all__ = [
     "Provider",
     "Session",
     "SessionOptions",
+    "check_declared",
     "check_model",
     "check_ports",
     "first_line",
     "num_bytes_of",
+    "slots_in",
 ]
 
 Array = NDArray[Any]
@@ -71,7 +72,7 @@ def check_model(model: Model, values: Mapping[str, Array]) -> None:
     Raises:
         GraphError: If not.
     """
-    declared = _declared(model.data)
+    declared = slots_in(model.data)
     for name in sorted(declared.keys() ^ values.keys()):
         has, has_not = ("model", "list") if name in declared else ("list", "model")
         raise GraphError(
@@ -79,17 +80,32 @@ def check_model(model: Model, values: Mapping[str, Array]) -> None:
             "again."
         )
     for name, there in declared.items():
-        value = values[name]
-        if value.dtype != np.dtype(there.dtype) or value.shape != there.shape:
-            raise GraphError(
-                f"the graph's model has {there.dtype} of shape {list(there.shape)} for {name!r}, "
-                f"but the artifact gives {value.dtype} of shape {list(value.shape)}; pack the "
-                "model again."
-            )
+        check_declared(name, there, Declared(values[name].dtype.name, values[name].shape))
+
+
+def check_declared(name: str, there: Declared | None, given: Declared) -> None:
+    """Whether the slot ``name`` is what an artifact fills it with.
+
+    Raises:
+        GraphError: If not, or if it is not in the model.
+    """
+    if there is None:
+        raise GraphError(f"the graph's model has no slot {name!r}; pack the model again.")
+    if there != given:
+        raise GraphError(
+            f"the graph's model has {there.dtype} of shape {list(there.shape)} for {name!r}, "
+            f"but the artifact gives {given.dtype} of shape {list(given.shape)}; pack the "
+            "model again."
+        )
 
 
 @functools.lru_cache(maxsize=4)  # the models of an artifact, each for several bit-widths
-def _declared(data: bytes) -> Mapping[str, Declared]:
+def slots_in(data: bytes) -> Mapping[str, Declared]:
+    """What a model declares its slots to be, by name; read once for each of the last models.
+
+    Raises:
+        GraphError: If it is no model, or one that reads files.
+    """
     return external_initializers(data)
 
 

@@ -8,7 +8,8 @@ A module of the graph is ``y = scale * (levels . x) + bias`` with, for each outp
     bias   = beta + (bias - mean) * factor                   in float64, rounded once
 
 and where its input is quantized, the bias is a whole number of ``step * scale``, as an integer
-product wants it: ``round(bias / (step * scale))``, an int32.
+product wants it: ``round(bias / (step * scale))``, an int32. Where inputs are in groups, whose
+input is never quantized, there is a scale and a sign for each group of a channel.
 
 That quotient overflows where a channel's scale is next to nothing beside its bias (a factor that
 training brought to zero). Such a channel gets the least scale that leaves room, and its levels are
@@ -16,6 +17,7 @@ rounded to that; what this changes of the output is below a part in a thousand o
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,10 +35,10 @@ from plyweight.artifact import (
     step_name,
     zero_point_name,
 )
-from plyweight.codec import decode, from_planes
+from plyweight.codec import decode, from_planes, spread
 from plyweight.errors import GraphError
 
-__all__ = ["SlotValues", "Views"]
+__all__ = ["DecodedWeight", "SlotValues", "Views"]
 
 Views = Mapping[str, TensorView]  # what a layer holds, by name inside the layer
 Array = NDArray[Any]
@@ -46,6 +48,29 @@ ACTIVATION_LEVELS = 256  # of a grid that is the graph's own
 # A bias of this many units leaves an int32 room for 10^9 of products beside it.
 MOST_BIAS_UNITS = 2.0**30
 LEAST_PRODUCT = 2.0**-100  # of a scale and a step; a normal float32 with digits to spare
+
+
+@dataclass(frozen=True)
+class DecodedWeight:
+    """The weight of a module whose input is a float: ``levels * spread(scale)``.
+
+    Attributes:
+        levels: int8 ``(out, in, ...)``, as ``decode`` gives them or negated.
+        scale: float32 ``(out,)``, or ``(out, ceil(in / group_size))`` with groups; positive or 0.
+        bit_width: its own.
+        group_size: inputs that share a scale; None for one scale per output channel.
+    """
+
+    levels: Array
+    scale: Array
+    bit_width: int
+    group_size: int | None
+
+    def numpy(self) -> Array:
+        """The weight itself, float32 ``(out, in, ...)``."""
+        values: Array = self.levels.astype(np.float32)
+        values *= spread(self.scale, self.levels.shape, self.group_size)
+        return values
 
 
 class SlotValues:
@@ -80,6 +105,26 @@ class SlotValues:
             return self._of_quantizer(slot.owner, slot.leaf)
         return self._of_module(slot.owner, slot.leaf)
 
+    def decoded_weight(self, prefix: str) -> DecodedWeight:
+        """The weight of a module, its batch norm folded in; nothing of it is kept here."""
+        module, folded = self._graph.modules[prefix], self._folded_of(prefix)
+        return DecodedWeight(
+            levels=self._changed_levels(module, folded),
+            scale=folded.scale,
+            bit_width=self._header.weights[module.param].width_at(self._bit_width),
+            group_size=module.group_size,
+        )
+
+    def shape_of(self, prefix: str, leaf: str) -> tuple[int, ...]:
+        """The shape of the slot ``<prefix>.levels`` or ``<prefix>.scale``."""
+        module = self._graph.modules[prefix]
+        shape = weight = self._header.weights[module.param].shape
+        if leaf == "scale" and module.group_size is None:
+            return weight[:1]
+        if leaf == "scale":
+            shape = weight[0], -(-weight[1] // module.group_size), *weight[2:]  # type: ignore[operator]
+        return shape[::-1] if module.is_transposed else shape
+
     def bias_change(self, prefix: str) -> Array:
         """What is added to the bias of a module, ``(out,)`` in its own unit, as it becomes whole.
 
@@ -98,7 +143,7 @@ class SlotValues:
         if leaf == "levels":
             return self._levels_of(module, folded)
         if leaf == "scale":
-            return folded.scale
+            return self._scale_of(prefix, folded)
         if leaf == "zero_point":
             return np.zeros(folded.scale.shape, np.int8)
         if module.input is None:
@@ -128,14 +173,17 @@ class SlotValues:
         """Scale, signed, and bias of every output channel, as float64."""
         # The product of scale and gain is rounded to float32, as wherever a weight is decoded.
         scale = self._current(scale_name(module.param)).numpy() * self._gain(module.param)
-        scale = scale.reshape(-1).astype(np.float64)
+        scale = scale.astype(np.float64)
+        if module.group_size is None:
+            scale = scale.reshape(-1)
         bias = np.zeros(len(scale)) if module.bias is None else self._vector(module.bias)
         if module.norm is None:
             return scale, bias
         name = module.norm.name
         mean, variance = self._vector(f"{name}.running_mean"), self._vector(f"{name}.running_var")
         factor = self._vector(f"{name}.weight", 1.0) / np.sqrt(variance + module.norm.eps)
-        return scale * factor, self._vector(f"{name}.bias", 0.0) + (bias - mean) * factor
+        signed = scale * factor.reshape(-1, *[1] * (scale.ndim - 1))
+        return signed, self._vector(f"{name}.bias", 0.0) + (bias - mean) * factor
 
     def _gain(self, param: str) -> Array:
         """What comes with the last planes; 1 where nothing does."""
@@ -150,14 +198,33 @@ class SlotValues:
         # Modules that share a weight and do the same to it share its levels.
         key = module.param, module.is_transposed, folded.change.tobytes()
         if key not in self._levels:
-            levels = self._decoded(module.param)
-            for channel in np.flatnonzero(folded.change != 1):
-                changed = np.rint(levels[channel] * folded.change[channel])
-                levels[channel] = changed.astype(np.int8)
+            levels = self._changed_levels(module, folded)
             if module.is_transposed:
                 levels = np.ascontiguousarray(levels.T)
             self._levels[key] = levels
         return self._levels[key]
+
+    def _changed_levels(self, module: Module, folded: "_Folded") -> Array:
+        """The int8 levels ``(out, in, ...)`` that go with the scale that is positive."""
+        levels, change = self._decoded(module.param), folded.change
+        for place in zip(*np.nonzero(change != 1), strict=True):
+            inputs = slice(None)
+            if module.group_size is not None:
+                start = place[1] * module.group_size
+                inputs = slice(start, start + module.group_size)
+            changed = np.rint(levels[place[0], inputs] * change[place])
+            levels[place[0], inputs] = changed.astype(np.int8)
+        return levels
+
+    def _scale_of(self, prefix: str, folded: "_Folded") -> Array:
+        """The scale as DequantizeLinear wants it: along all dimensions where there are groups."""
+        module = self._graph.modules[prefix]
+        if module.group_size is None:
+            return folded.scale
+        scale = folded.scale.T if module.is_transposed else folded.scale
+        shape = self.shape_of(prefix, "scale")
+        scale = scale.reshape(*scale.shape, *[1] * (len(shape) - 2))
+        return np.ascontiguousarray(np.broadcast_to(scale, shape))
 
     def _decoded(self, param: str) -> Array:
         """Levels in the memory of the codes they are decoded from."""
@@ -232,11 +299,11 @@ class _Folded:
     """Scale and bias of a module's channels.
 
     Attributes:
-        scale: float32 ``(out,)``, positive (0 only where the input is float).
+        scale: float32 ``(out,)``, positive (0 only where the input is float); or ``(out, groups)``.
         bias: float64 ``(out,)``, in the output's own unit.
         is_finite: whether all of them are numbers, and the scale times the step too.
-        change: float64 ``(out,)``: what the levels are multiplied with and rounded, 1 or -1
-            wherever the scale is one to compute with.
+        change: float64 of the scale's shape: what the levels are multiplied with and rounded, 1
+            or -1 wherever the scale is one to compute with.
     """
 
     def __init__(self, signed: Array, bias: Array, step: float | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from plyweight.engine.forms import Form
 from plyweight.engine.session import Session
 from plyweight.errors import EngineError
 
@@ -22,10 +23,11 @@ __all__ = ["Warm", "WarmWidths"]
 
 @dataclass(eq=False)
 class Warm:
-    """A session, its bit-width, and how many requests compute with it now."""
+    """A session, its bit-width, the forms of its modules, and how many requests are in it now."""
 
     bit_width: int
     session: Session
+    forms: Mapping[str, Form]
     num_requests: int = 0
 
 
@@ -85,7 +87,7 @@ class WarmWidths:
             self._by_width.move_to_end(bit_width)
             return True
 
-    def install(self, bit_width: int, session: Session) -> None:
+    def install(self, bit_width: int, session: Session, forms: Mapping[str, Form]) -> None:
         """Make a new session current; the oldest ones leave for it where there is no room.
 
         Raises:
@@ -93,7 +95,7 @@ class WarmWidths:
         """
         with self._changed:
             self._require_open()
-            self._by_width[bit_width] = Warm(bit_width, session)
+            self._by_width[bit_width] = Warm(bit_width, session, forms)
             self._by_width.move_to_end(bit_width)
             others = list(self._by_width.values())[-2::-1]
             room, leaving = self.most_bytes, []

@@ -5,7 +5,9 @@ different numbers, so "onnx-int4" has them as UINT4 codes and a table:
 
     levels = Gather(table int8 (16,), Cast(codes UINT4))
 
-which a runtime computes once, when it folds constants, and then runs the very int8 model.
+which a runtime computes once, when it folds constants, and then runs the very int8 model. Products
+of floats with such weights are ONNX Runtime's own operator instead, ``MatMulNBits``, as in the
+engine (see ``plyweight.engine.forms``).
 """
 
 import hashlib
@@ -18,17 +20,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plyweight.artifact import Header, Model, Port, publish_atomically
+from plyweight.engine.backends import ONNX_RUNTIME_CPU, PORTABLE
 from plyweight.engine.engine import graph_of
+from plyweight.engine.forms import Loaded, Runtime, loaded
 from plyweight.engine.onnx_filled import filled
 from plyweight.engine.onnxruntime_session import OnnxRuntimeSession, check_onnxruntime
-from plyweight.engine.session import SessionOptions, check_model, num_bytes_of
+from plyweight.engine.session import SessionOptions, num_bytes_of
 from plyweight.engine.values import SlotValues, Views
 from plyweight.errors import GraphError
 
 __all__ = ["Filled", "mean_difference", "write_onnx"]
 
 MAX_BYTES = 2**31 - 1  # of a protocol buffer
-MAX_INT4_LEVELS, INT4_OPSET = 16, 21
+MAX_INT4_LEVELS, NIBBLE_BITS, INT4_OPSET = 16, 4, 21
+NIBBLES = Runtime(has_nibbles=True, takes_bytes=True)  # of who reads "onnx-int4"
+EXACT = {"integer", "rows"}  # forms that give the same numbers in every file
+# Sums of floats are rounded where they are summed otherwise; a wrong weight is off by more, for at
+# 8 bits the half of a step is 0.004 of the largest.
+ROUNDING = 1e-4
+OTHER_SIDES = 0.02  # and what is quantized after that may fall to the other side of a threshold
 BATCH_SIZES = (1, 2)
 OTHER_LENGTH = 8  # of dimensions besides the batch that may have any
 Array = NDArray[Any]
@@ -41,6 +51,8 @@ class Filled:
     Attributes:
         graph: of the artifact.
         data: the ONNX model, complete.
+        most_difference: the mean difference to the engine that is allowed, in parts of the
+            outputs' standard deviation.
 
     Raises:
         GraphError: If the artifact has no graph, or the model would be too large for one file.
@@ -54,42 +66,50 @@ class Filled:
         bit_width: int,
         name: str,
         *,
-        is_int4: bool = False,
+        runtime: Runtime = PORTABLE,
     ) -> None:
         check_onnxruntime(SessionOptions(None, None))
         self.graph = graph_of(layers[0], header, name)
-        self._model = self.graph.model_for(bit_width)
-        self._values = SlotValues(header, self.graph, layers, bit_width).all()
-        check_model(self._model, self._values)
-        num_bytes = num_bytes_of(self._values)
-        if num_bytes + len(self._model.data) > MAX_BYTES:
+        self._whole = self.graph.model_for(bit_width)
+        self._slots = SlotValues(header, self.graph, layers, bit_width)
+        ready = loaded(self.graph, self._whole, self._slots, runtime)
+        model, values = ready.model, ready.values
+        num_bytes = num_bytes_of(values)
+        if num_bytes + len(model.data) > MAX_BYTES:
             raise GraphError(
                 f"the model has {num_bytes:,} bytes at {bit_width} bits, but an ONNX file holds "
                 f"{MAX_BYTES:,}; open the artifact itself, or export safetensors."
             )
-        narrow = self._narrow() if is_int4 else frozenset()
-        if is_int4 and not narrow:
+        narrow = self._narrow(values) if runtime.has_nibbles else frozenset()
+        widths = [
+            header.weights[self.graph.modules[prefix].param].width_at(bit_width)
+            for prefix, form in ready.forms.items()
+            if form.kind == "nibbles"
+        ]
+        if runtime.has_nibbles and not narrow and min(widths, default=8) > NIBBLE_BITS:
             raise GraphError(
                 f"no weight has 4 bits or fewer at {bit_width} bits; export 'onnx' instead, or a "
                 "narrower bit-width."
             )
-        metadata = _metadata(header, bit_width)
-        self.data = _filled(self._model, self._values, metadata, narrow)
+        self.data = _filled(model, values, _metadata(header, bit_width), narrow)
+        kinds = {form.kind for form in ready.forms.values()}
+        self.most_difference = 0.0 if kinds <= EXACT else ROUNDING
+        if "integer" in kinds and kinds - EXACT:
+            self.most_difference = OTHER_SIDES
 
     def answers(self) -> list[tuple[Feeds, list[Array]]]:
         """Inputs, and what the engine makes of them."""
-        session = OnnxRuntimeSession(
-            self.graph, self._model, self._values, SessionOptions(None, None)
-        )
+        ready = loaded(self.graph, self._whole, self._slots, ONNX_RUNTIME_CPU)
+        session = OnnxRuntimeSession(self.graph, ready, SessionOptions(None, None))
         return [(feeds, session.run(feeds)) for feeds in map(self._feeds, BATCH_SIZES)]
 
-    def _narrow(self) -> frozenset[str]:
+    def _narrow(self, values: Mapping[str, Array]) -> frozenset[str]:
         """The slots whose levels are at most 16 different ones."""
-        slots = self.graph.slots
+        levels = {f"{prefix}.levels" for prefix in self.graph.modules}
         return frozenset(
             name
-            for name, value in self._values.items()
-            if slots[name].leaf == "levels" and len(np.unique(value)) <= MAX_INT4_LEVELS
+            for name, value in values.items()
+            if name in levels and len(np.unique(value)) <= MAX_INT4_LEVELS
         )
 
     def _feeds(self, batch_size: int) -> Feeds:
@@ -110,23 +130,31 @@ def write_onnx(
         is_int4: whether levels of 4 bits and fewer take half a byte each.
 
     Returns:
-        The difference, which is 0, and the files.
+        The difference, which is 0 where all products are of integers, and the files.
     """
-    whole = Filled(header, layers, bit_width, str(path), is_int4=is_int4)
+    runtime = NIBBLES if is_int4 else PORTABLE
+    whole = Filled(header, layers, bit_width, str(path), runtime=runtime)
+    difference = 0.0
     with publish_atomically(path) as file:
         file.write(whole.data)
         file.flush()
         file.seek(0)
         read = Model(bit_widths=(bit_width,), slots=(), data=file.read())
-        session = OnnxRuntimeSession(whole.graph, read, {}, SessionOptions(None, None))
+        session = OnnxRuntimeSession(whole.graph, Loaded(read, {}, {}), SessionOptions(None, None))
         for feeds, expected in whole.answers():
-            for one, other in zip(session.run(feeds), expected, strict=True):
-                if not np.array_equal(one, other, equal_nan=one.dtype.kind == "f"):
+            outputs = session.run(feeds)
+            if not all(map(_is_equal, outputs, expected)):
+                difference = float(np.maximum(difference, mean_difference(outputs, expected)))
+                if not 0 < difference <= whole.most_difference:  # a NaN is no number
                     raise GraphError(
                         "ONNX Runtime computes something else from the exported file than from "
                         "the artifact; nothing was written. Please report this."
                     )
-    return 0.0, [path]
+    return difference, [path]
+
+
+def _is_equal(one: Array, other: Array) -> bool:
+    return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
 
 
 def mean_difference(outputs: Sequence[Array], expected: Sequence[Array]) -> float:

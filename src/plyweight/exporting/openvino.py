@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from plyweight.artifact import Header, publish_atomically
+from plyweight.engine.backends import OPENVINO
 from plyweight.engine.openvino_session import SETTINGS, openvino
 from plyweight.engine.session import first_line
 from plyweight.engine.values import Views
@@ -36,7 +37,7 @@ def write_openvino(
             f"{ENDING}, and the weights go beside it into {path.stem}.bin."
         )
     runtime = openvino()
-    filled = Filled(header, layers, bit_width, str(path))
+    filled = Filled(header, layers, bit_width, str(path), runtime=OPENVINO)
     core = runtime.Core()
     weights = path.with_suffix(".bin")
     with tempfile.TemporaryDirectory() as folder:

@@ -64,9 +64,10 @@ def export(
 
     "onnx" and "openvino" are the artifact's graph with the values of that bit-width, int8 weights
     and quantized activations included; "onnx-int4" is the same with half a byte for each weight of
-    4 bits and fewer, which a runtime turns into int8 when it loads the file. They are read back by
-    their own runtime and compared with the engine before anything stands at ``path``: ONNX Runtime
-    gives the same numbers, OpenVINO's integer kernels nearly the same.
+    4 bits and fewer, which a runtime turns into int8 when it loads the file, or multiplies floats
+    with (ONNX Runtime's ``MatMulNBits``). They are read back by their own runtime and compared with
+    the engine before anything stands at ``path``: ONNX Runtime gives the same numbers, but for the
+    rounding of sums where activations are floats; OpenVINO's integer kernels nearly the same.
 
     "torch" is a ``torch.export`` program of what :func:`plyweight.load` gives, for who has torch
     and not the network's code; it is compared with the loaded model and equals it.

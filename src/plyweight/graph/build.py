@@ -11,37 +11,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 import onnxruntime
-from onnxscript.optimizer import fold_constants
 from torch import nn
 
 from plyweight.artifact import ArtifactReader, Graph, Model, Module, Port, Quantizer
 from plyweight.engine.values import SlotValues
 from plyweight.errors import LayeringError, listed
 from plyweight.graph.edges import Edge, insert_edges, readers_of
-from plyweight.graph.examples import Batch, batches_of, dynamic_shapes, input_names, two_or_more
+from plyweight.graph.examples import Batch, batches_of
 from plyweight.graph.marks import (
     Bounds,
     bounds_of,
     clamp_again,
     expand_marks,
-    mark,
     marks_of,
     prefix_of,
 )
+from plyweight.graph.network import exported, finished, plain_slots
 from plyweight.graph.places import Places
 from plyweight.graph.ranges import Grid, Sample, best_grid
-from plyweight.graph.scopes import scopes_of
 from plyweight.graph.skeleton import GraphSkeleton
-from plyweight.graph.slots import empty_slot, is_slot
-from plyweight.graph.weights import INPUT, TENSOR, replace_weights, stored_name
+from plyweight.graph.weights import INPUT, replace_weights
 
 __all__ = ["Plan", "build_graph", "calibrated_plan"]
 
-# Numbers of the network that are no parameters: masks, positions, shapes.
-MAX_CONSTANT_BYTES = 16 * 2**20
-IR_VERSION = 10  # what onnxruntime 1.20 reads
 DTYPES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.DOUBLE: "float64",
@@ -81,10 +74,10 @@ def calibrated_plan(
     """
     batches = batches_of(model, example_inputs)
     skeleton = GraphSkeleton(model)
-    _check(skeleton, artifact)
-    base = _export(skeleton, batches)
+    _check(skeleton)
+    base = exported(skeleton, batches)
     weights = replace_weights(base, skeleton)
-    tensors = _plain_slots(base, skeleton)
+    tensors = plain_slots(base, skeleton)
     places = None
     if finds_places:
         few = tuple(item[:2] for item in batches[0])
@@ -148,7 +141,7 @@ class Plan:
                     model.graph.outputs.append(source)
         # Every clip is there: one of 255 changes nothing.
         expand_marks(model.graph, lambda _, bounds: (bounds.lowest is not None, True), {})
-        data, slots = _finished(model)
+        data, slots = finished(model)
         whole = Model(bit_widths=self.skeleton.bit_widths, slots=slots, data=data)
         graph = Graph(
             models=(whole,),
@@ -205,7 +198,7 @@ class Plan:
             lambda prefix, bounds: self._clips(prefix, bounds, bit_widths),
             self._alias(bit_widths),
         )
-        data, slots = _finished(model)
+        data, slots = finished(model)
         return Model(bit_widths=bit_widths, slots=slots, data=data)
 
     def _quantizers(self) -> dict[str, Quantizer]:
@@ -221,68 +214,6 @@ class Plan:
                 zero_points={b: grid.zero_point for b, grid in grids.items()},
             )
         return found
-
-
-def _export(skeleton: GraphSkeleton, batches: Sequence[Batch]) -> ir.Model:
-    """The float network as a small clean ONNX graph; parameters have no values in it."""
-    example = tuple(two_or_more(item) for item in batches[0])
-    model: ir.Model = skeleton.export(example, dynamic_shapes(batches))
-    _name_ports(model, input_names(skeleton.model, len(example)))
-    for name, value in list(model.graph.initializers.items()):
-        if name in skeleton.stored:
-            value.const_value = None  # so nothing is computed of it in advance
-            value.name = TENSOR + name
-    _mark_outputs(model, skeleton)
-    passes.IdentityEliminationPass()(model)
-    fold_constants(model)
-    passes.RemoveUnusedNodesPass()(model)
-    return model
-
-
-def _mark_outputs(model: ir.Model, skeleton: GraphSkeleton) -> None:
-    """Put a mark where the network rounds what a module gives."""
-    for node in list(model.graph):
-        key = skeleton.outputs.get(scopes_of(node)[-1])
-        if node.op_type == "Identity" and key is not None:
-            mark(node, 0, key, name=f"{node.outputs[0].name}/output")
-
-
-def _name_ports(model: ir.Model, inputs: Sequence[str]) -> None:
-    for value, name in zip(model.graph.inputs, inputs, strict=True):
-        value.name = name
-    outputs = model.graph.outputs
-    for index, value in enumerate(outputs):
-        value.name = "output" if len(outputs) == 1 else f"output_{index}"
-
-
-def _plain_slots(model: ir.Model, skeleton: GraphSkeleton) -> dict[str, str]:
-    """Make slots of all float parameters and buffers that are left; their tensors by name."""
-    passes.RemoveUnusedNodesPass()(model)
-    tensors, constant_bytes = {}, 0
-    for name, value in model.graph.initializers.items():
-        stored = stored_name(skeleton, value)
-        if stored is not None:
-            empty_slot(value)
-            tensors[name] = stored
-        elif not is_slot(value) and value.const_value is not None:
-            constant_bytes += value.const_value.nbytes
-    if constant_bytes > MAX_CONSTANT_BYTES:
-        raise LayeringError(
-            f"the network computes with {constant_bytes:,} bytes of constants that are no "
-            "parameters; register them as persistent buffers, or pack without example_inputs."
-        )
-    return tensors
-
-
-def _finished(model: ir.Model) -> tuple[bytes, tuple[str, ...]]:
-    """A model without marks as bytes, and the names of its slots."""
-    passes.RemoveUnusedNodesPass()(model)
-    passes.ClearMetadataAndDocStringPass()(model)  # which has paths of this machine in it
-    model.producer_name, model.producer_version = "plyweight", None
-    model.ir_version = IR_VERSION
-    model.graph.name = "layered"
-    slots = tuple(name for name, value in model.graph.initializers.items() if is_slot(value))
-    return ir.to_proto(model).SerializeToString(deterministic=True), slots
 
 
 def _calibrated(
@@ -332,17 +263,19 @@ def _learned_grid(skeleton: GraphSkeleton, activation: str, bit_width: int) -> G
     return Grid(step, zero_point, (1 << int(quantizer.widths[own])) - 1)
 
 
-def _check(skeleton: GraphSkeleton, artifact: ArtifactReader) -> None:
+def _check(skeleton: GraphSkeleton) -> None:
     """Whether a graph can compute what the model does.
 
     Raises:
         LayeringError: If it cannot; it names the module.
     """
-    for param, weight in artifact.header.weights.items():
-        if weight.group_size is not None and weight.scale_shape[1:] != (1,):
+    for name, layered in skeleton.layered.items():
+        group_size = skeleton.group_sizes[layered.param]
+        if group_size is not None and layered.activation is not None:
             raise LayeringError(
-                f"{param} has a scale for each group of {weight.group_size} inputs, but a graph "
-                "multiplies with one for each output channel; prepare without group_size, or pack "
+                f"the weight of {name or 'the model'} has a scale for each group of {group_size} "
+                "inputs, and its input is quantized, but sums of integers have one scale for each "
+                "output channel; prepare with activations=None or without group_size, or pack "
                 "without example_inputs."
             )
     for name, quantizer in skeleton.quantizers.items():

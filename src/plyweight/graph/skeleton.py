@@ -76,6 +76,7 @@ class GraphSkeleton:
         layered: its layered modules, by every name they have.
         stored: the artifact's name of each tensor, by every name it has in a state dict.
         shapes: of these tensors in the layered model, by the same names.
+        group_sizes: inputs that share a scale, by layered weight; None for one per output channel.
         quantizers: those of activations, by key of ``layered.activations``.
         outputs: keys of those that round outputs, by the name they are called by.
     """
@@ -97,6 +98,7 @@ class GraphSkeleton:
             first.setdefault(id(tensor), key)  # tied tensors are stored under their first name
         self.stored = {key: first[id(tensor)] for key, tensor in state.items()}
         self.shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        self.group_sizes: dict[str, int | None] = {}
         self.layered: dict[str, Layered] = {}
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.outputs: dict[str, str] = {}
@@ -118,9 +120,12 @@ class GraphSkeleton:
             key = first[id(inputs.clip)]
             activation = key.removesuffix("input_quantizer.clip").rstrip(".")
             self.quantizers[activation] = inputs
+        param, weights = first[id(module.latent_weight)], module.weight_quantizer
+        has_groups = weights.clip.shape[1:].numel() > 1
+        self.group_sizes[param] = int(weights.group_size) if has_groups else None
         self.layered[name] = Layered(
             kind=_PLAIN[type(module)][1],
-            param=first[id(module.latent_weight)],
+            param=param,
             bias=None if bias is None else first[id(bias)],
             activation=activation,
         )

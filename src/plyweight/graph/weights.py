@@ -5,6 +5,7 @@
     Add(MatMul(x, Transpose(W)), b)                     Add(MatMul(x', DQ(levels, scale)), DQ(bias))
     Gather(W, ids)                                      Gather(levels, ids) * Gather(scale, ids)
 
+(a scale for each group of inputs is spread over them: by DequantizeLinear itself, or by a Gather),
 where ``DQ`` is DequantizeLinear, ``x'`` is ``x`` behind the quantizer of the module's input if it
 has one (a *mark*, see ``marks``), and the batch norm is folded into scale and bias, per bit-width,
 by whoever fills the slots. Wherever else a layered weight is read, its values are.
@@ -112,6 +113,7 @@ class _Replacer:
             norm=norm,
             input=quantizer,
             is_transposed=node.op_type == "MatMul",
+            group_size=self._skeleton.group_sizes[layered.param],
         )
         prefix = self._prefix(name or "model", module)
         weight = self._weight(node, prefix, module)
@@ -137,22 +139,29 @@ class _Replacer:
 
     def _replace_gather(self, node: ir.Node, name: str, layered: Layered) -> None:
         ids, out = node.inputs[1], node.outputs[0]
-        module = Module(param=layered.param)
+        group_size = self._skeleton.group_sizes[layered.param]
+        module = Module(param=layered.param, group_size=group_size)
         prefix = self._prefix(name or "model", module)
-        shape = self._shape(layered.param)
-        levels = self._slots.of_module(prefix, "levels", shape)
-        scale = self._slots.of_module(prefix, "scale", shape[:1])
+        levels = self._slots.of_module(prefix, "levels", self._shape(layered.param))
+        scale = self._slots.of_module(prefix, "scale", self._scale_shape(module))
         rows = new_node(node, "Gather", [levels, ids], f"{out.name}/levels", dtype=INT8)
         values = new_node(node, "Cast", [rows], f"{out.name}/cast", {"to": int(FLOAT)})
         scales = new_node(node, "Gather", [scale, ids], f"{out.name}/scale")
-        axis = self._constant("last_axis", [-1])
-        column = new_node(node, "Unsqueeze", [scales, axis], f"{out.name}/column")
+        if group_size is None:
+            axis = self._constant("last_axis", [-1])
+            column = new_node(node, "Unsqueeze", [scales, axis], f"{out.name}/column")
+        else:
+            length = self._shape(layered.param)[1]
+            groups = self._constant(
+                f"groups.{length}.{group_size}", [i // group_size for i in range(length)]
+            )
+            column = new_node(node, "Gather", [scales, groups], f"{out.name}/column", {"axis": -1})
         new = new_node(node, "Mul", [values, column], f"{out.name}/values", like=out)
         out.replace_all_uses_with(new, replace_graph_outputs=True)
         self._graph.remove(node, safe=True)
 
     def _replace_value(self, node: ir.Node, index: int, param: str) -> None:
-        module = Module(param=param)
+        module = Module(param=param, group_size=self._skeleton.group_sizes[param])
         prefix = self._prefix(f"{param}:value", module)
         node.replace_input_with(index, self._weight(node, prefix, module))
 
@@ -162,15 +171,17 @@ class _Replacer:
         own = shape[::-1] if module.is_transposed else shape
         inputs = [
             self._slots.of_module(prefix, "levels", own),
-            self._slots.of_module(prefix, "scale", shape[:1]),
+            self._slots.of_module(prefix, "scale", self._scale_shape(module)),
         ]
         if module.input is not None and node.op_type != "Conv":
             # Without one ONNX Runtime multiplies matrices in float, though it means zero.
             inputs.append(self._slots.of_module(prefix, "zero_point", shape[:1]))
         self._uses["weight"] += 1
         name = f"{prefix}/values{self._uses['weight']}"
-        axis = {"axis": 1 if module.is_transposed else 0}
-        return new_node(node, "DequantizeLinear", inputs, name, axis)
+        attributes = {"axis": 1 if module.is_transposed else 0}
+        if module.group_size is not None:
+            attributes = {"axis": 1 - attributes["axis"], "block_size": module.group_size}
+        return new_node(node, "DequantizeLinear", inputs, name, attributes)
 
     def _bias(self, node: ir.Node, prefix: str, module: Module) -> ir.Value | None:
         if module.bias is None and module.norm is None:
@@ -210,6 +221,14 @@ class _Replacer:
 
     def _shape(self, param: str) -> tuple[int, ...]:
         return self._skeleton.shapes[param]
+
+    def _scale_shape(self, module: Module) -> tuple[int, ...]:
+        """The shape of a module's scale: one for each output channel, or for each group too."""
+        out, *inputs = self._shape(module.param)
+        if module.group_size is None:
+            return (out,)
+        shape = out, -(-inputs[0] // module.group_size), *inputs[1:]
+        return shape[::-1] if module.is_transposed else shape
 
     def _constant(self, name: str, values: list[int]) -> ir.Value:
         if name not in self._graph.initializers:

@@ -1,0 +1,245 @@
+"""ONNX nodes: those of a model's graph, and the model with others in their place.
+
+    rewritten(data, {}, dropped=(), added={}) == data
+
+Only what a rewriting has to know of a node is read; all else is copied byte by byte.
+"""
+
+import struct
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from plyweight.engine.onnx_model import (
+    ATTRIBUTE_GRAPHS,
+    DTYPES,
+    ENTRY_KEY,
+    ENTRY_VALUE,
+    EXTERNAL,
+    GRAPH_INITIALIZER,
+    GRAPH_NODE,
+    MODEL_GRAPH,
+    NODE_ATTRIBUTE,
+    NODE_OP_TYPE,
+    SLOTS,
+    TENSOR_DIMS,
+    TENSOR_DTYPE,
+    TENSOR_EXTERNAL,
+    TENSOR_LOCATION,
+    TENSOR_NAME,
+    Declared,
+    slot_name,
+)
+from plyweight.engine.protobuf import (
+    Part,
+    counted,
+    fields,
+    fields_and_bytes,
+    integer_field,
+    integer_of,
+    message_of,
+    text_field,
+    text_of,
+)
+
+__all__ = ["MICROSOFT", "Node", "Nodes", "rewritten"]
+
+NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_DOMAIN = 1, 2, 3, 7
+ATTRIBUTE_NAME, ATTRIBUTE_FLOAT, ATTRIBUTE_INTEGER, ATTRIBUTE_TYPE = 1, 2, 3, 20
+FLOAT_TYPE, INTEGER_TYPE = 1, 2
+GRAPH_OUTPUT = 12
+PORT_NAME = 1
+MODEL_OPSET, OPSET_DOMAIN, OPSET_VERSION = 8, 1, 2
+MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
+NUMBERS = {name: number for number, name in DTYPES.items()}
+
+Scalar = int | float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A node of the main graph.
+
+    Attributes:
+        op_type, domain: of its operator.
+        inputs, outputs: names; "" for one that is left out.
+        attributes: whole numbers and others; None for what is neither.
+    """
+
+    op_type: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Scalar] = field(default_factory=dict)
+    domain: str = ""
+
+
+class Nodes:
+    """The nodes of a model's main graph, in their order.
+
+    Attributes:
+        all: of them.
+        num_readers: how many times each name is read: by nodes, by graphs inside of nodes, and as
+            an output of the graph.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.all: list[Node] = []
+        self.num_readers: Counter[str] = Counter()
+        for graph in _messages(memoryview(data), (MODEL_GRAPH,)):
+            for message in _messages(graph, (GRAPH_NODE,)):
+                node = _node(message)
+                self.all.append(node)
+                self.num_readers.update(node.inputs)
+                self.num_readers.update(_inner_inputs(message))
+            for output in _messages(graph, (GRAPH_OUTPUT,)):
+                self.num_readers.update(
+                    text_of(value) for number, value in fields(output) if number == PORT_NAME
+                )
+
+    def readers(self, name: str) -> list[int]:
+        """The indices of the nodes that read ``name``."""
+        return [index for index, node in enumerate(self.all) if name in node.inputs]
+
+
+def rewritten(
+    data: bytes,
+    replaced: Mapping[int, Sequence[Node]],
+    *,
+    dropped: Collection[str],
+    added: Mapping[str, Declared],
+) -> bytes:
+    """The model ``data`` with other nodes and slots.
+
+    Args:
+        data: a model that :func:`~plyweight.engine.onnx_model.external_initializers` accepted.
+        replaced: what stands in place of nodes, by their index.
+        dropped: slots that are not there any more.
+        added: slots that are.
+    """
+    domains = {node.domain for nodes in replaced.values() for node in nodes}
+    parts: list[Part] = []
+    for number, value, raw in fields_and_bytes(memoryview(data)):
+        if number == MODEL_GRAPH:
+            graph = message_of(value)
+            parts += counted(MODEL_GRAPH, list(_graph(graph, replaced, dropped, added)))
+        else:
+            parts.append(raw)
+            if number == MODEL_OPSET:
+                domains -= {_domain(message_of(value))}
+    for domain in sorted(domains - {""}):
+        opset = [text_field(OPSET_DOMAIN, domain), integer_field(OPSET_VERSION, 1)]
+        parts += counted(MODEL_OPSET, opset)
+    return b"".join(parts)
+
+
+def _graph(
+    graph: memoryview,
+    replaced: Mapping[int, Sequence[Node]],
+    dropped: Collection[str],
+    added: Mapping[str, Declared],
+) -> Iterator[Part]:
+    index = 0
+    for number, value, raw in fields_and_bytes(graph):
+        if number == GRAPH_NODE:
+            if index in replaced:
+                for node in replaced[index]:
+                    yield from counted(GRAPH_NODE, _node_parts(node))
+            else:
+                yield raw
+            index += 1
+        elif number != GRAPH_INITIALIZER or slot_name(value) not in dropped:
+            yield raw
+    for name, declared in added.items():
+        yield from counted(GRAPH_INITIALIZER, _slot_parts(name, declared))
+
+
+def _node(message: memoryview) -> Node:
+    op_type = domain = ""
+    inputs, outputs = [], []
+    attributes: dict[str, Scalar] = {}
+    for number, value in fields(message):
+        if number == NODE_INPUT:
+            inputs.append(text_of(value))
+        elif number == NODE_OUTPUT:
+            outputs.append(text_of(value))
+        elif number == NODE_OP_TYPE:
+            op_type = text_of(value)
+        elif number == NODE_DOMAIN:
+            domain = text_of(value)
+        elif number == NODE_ATTRIBUTE:
+            name, scalar = _attribute(message_of(value))
+            attributes[name] = scalar
+    return Node(
+        op_type=op_type,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        attributes=attributes,
+        domain="" if domain == "ai.onnx" else domain,
+    )
+
+
+def _attribute(message: memoryview) -> tuple[str, Scalar]:
+    name, kind = "", 0
+    whole, fraction = 0, 0.0  # which a writer may leave out
+    for number, value in fields(message):
+        if number == ATTRIBUTE_NAME:
+            name = text_of(value)
+        elif number == ATTRIBUTE_TYPE:
+            kind = integer_of(value)
+        elif number == ATTRIBUTE_INTEGER:
+            whole = integer_of(value)
+            whole -= 2**64 if whole >= 2**63 else 0
+        elif number == ATTRIBUTE_FLOAT:
+            fraction = struct.unpack("<f", message_of(value))[0]
+    return name, {INTEGER_TYPE: whole, FLOAT_TYPE: fraction}.get(kind)
+
+
+def _inner_inputs(node: memoryview) -> Iterator[str]:
+    """What nodes of graphs inside ``node`` read; the model is known not to nest too deeply."""
+    for attribute in _messages(node, (NODE_ATTRIBUTE,)):
+        for graph in _messages(attribute, ATTRIBUTE_GRAPHS):
+            for inner in _messages(graph, (GRAPH_NODE,)):
+                yield from _node(inner).inputs
+                yield from _inner_inputs(inner)
+            for output in _messages(graph, (GRAPH_OUTPUT,)):
+                yield from (text_of(v) for number, v in fields(output) if number == PORT_NAME)
+
+
+def _messages(message: memoryview, wanted: Collection[int]) -> Iterator[memoryview]:
+    for number, value in fields(message):
+        if number in wanted:
+            yield message_of(value)
+
+
+def _domain(opset: memoryview) -> str:
+    found = [text_of(value) for number, value in fields(opset) if number == OPSET_DOMAIN]
+    return found[-1] if found else ""
+
+
+def _node_parts(node: Node) -> list[Part]:
+    parts: list[Part] = [text_field(NODE_INPUT, name) for name in node.inputs]
+    parts += [text_field(NODE_OUTPUT, name) for name in node.outputs]
+    parts += [text_field(NODE_NAME, f"node_{node.outputs[0]}")]
+    parts += [text_field(NODE_OP_TYPE, node.op_type), text_field(NODE_DOMAIN, node.domain)]
+    for name, value in node.attributes.items():
+        assert isinstance(value, int)  # none of those that are made has another one
+        number = [
+            text_field(ATTRIBUTE_NAME, name),
+            integer_field(ATTRIBUTE_INTEGER, value),
+            integer_field(ATTRIBUTE_TYPE, INTEGER_TYPE),
+        ]
+        parts += counted(NODE_ATTRIBUTE, number)
+    return parts
+
+
+def _slot_parts(name: str, declared: Declared) -> list[Part]:
+    num_bytes = np.dtype(declared.dtype).itemsize * int(np.prod(declared.shape, dtype=np.int64))
+    external = {"location": SLOTS, "offset": "0", "length": str(num_bytes)}
+    parts: list[Part] = [integer_field(TENSOR_DIMS, length) for length in declared.shape]
+    parts += [integer_field(TENSOR_DTYPE, NUMBERS[declared.dtype]), text_field(TENSOR_NAME, name)]
+    for key, value in external.items():
+        entry = [text_field(ENTRY_KEY, key), text_field(ENTRY_VALUE, value)]
+        parts += counted(TENSOR_EXTERNAL, entry)
+    return [*parts, integer_field(TENSOR_LOCATION, EXTERNAL)]
