@@ -172,6 +172,11 @@ def test_without_what_it_needs_a_command_says_what_to_install(capsys, tmp_path, 
     monkeypatch.setitem(sys.modules, "sklearn", None)
     result = run(capsys, "demo", "--out", tmp_path)
     assert_one_sentence(result, "plyweight demo needs sklearn", 'pip install "plyweight[demo]"')
+    for name in [name for name in sys.modules if name.startswith("plyweight.packing")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = run(capsys, "pack", "net.pt", "out")
+    assert_one_sentence(result, "plyweight pack needs torch", 'pip install "plyweight[train]"')
 
 
 def test_a_demo_with_a_graph_says_what_is_not_installed(capsys, tmp_path, monkeypatch):
@@ -179,11 +184,6 @@ def test_a_demo_with_a_graph_says_what_is_not_installed(capsys, tmp_path, monkey
     result = run(capsys, "demo", "--graph", "--out", tmp_path / "out")
     assert_one_sentence(result, "demo --graph needs onnxscript", 'pip install "plyweight[onnx]"')
     assert not (tmp_path / "out").exists()
-    for name in [name for name in sys.modules if name.startswith("plyweight.packing")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    result = run(capsys, "pack", "net.pt", "out")
-    assert_one_sentence(result, "plyweight pack needs torch", 'pip install "plyweight[train]"')
 
 
 def test_the_checkpoint_is_not_overwritten_by_its_artifact(capsys, artifact, tmp_path):
