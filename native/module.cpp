@@ -43,16 +43,28 @@ std::uint8_t pack_planes(const BytesIn& codes, const RowsOut& planes, Variant va
     return pack(variant, codes.data(), codes.shape(0), rows, num_planes);
 }
 
-void unpack_planes(const std::vector<BytesIn>& planes, const BytesOut& codes, Variant variant) {
+PlanesIn checked_rows(const std::vector<BytesIn>& planes, std::size_t num_codes, Variant variant) {
     check_runs(variant);
     PlanesIn rows{};
-    check_planes(planes.size(), plane_bytes(codes.shape(0)), codes.shape(0));
+    check_planes(planes.size(), plane_bytes(num_codes), num_codes);
     for (std::size_t row = 0; row < planes.size(); ++row) {
-        check_planes(planes.size(), planes[row].shape(0), codes.shape(0));
+        check_planes(planes.size(), planes[row].shape(0), num_codes);
         rows[row] = planes[row].data();
     }
+    return rows;
+}
+
+void unpack_planes(const std::vector<BytesIn>& planes, const BytesOut& codes, Variant variant) {
+    const PlanesIn rows = checked_rows(planes, codes.shape(0), variant);
     const nb::gil_scoped_release released;
     unpack(variant, rows, static_cast<int>(planes.size()), codes.data(), codes.shape(0));
+}
+
+void unpack_plane_levels(const std::vector<BytesIn>& planes, const BytesOut& levels,
+                         Variant variant) {
+    const PlanesIn rows = checked_rows(planes, levels.shape(0), variant);
+    const nb::gil_scoped_release released;
+    unpack_levels(variant, rows, static_cast<int>(planes.size()), levels.data(), levels.shape(0));
 }
 
 // Those that run here, the fastest first.
@@ -82,5 +94,7 @@ NB_MODULE(_native, m) {
           nb::arg("variant"));
     m.def("unpack_planes", &unpack_planes, nb::arg("planes").noconvert(),
           nb::arg("codes").noconvert(), nb::arg("variant"));
+    m.def("unpack_levels", &unpack_plane_levels, nb::arg("planes").noconvert(),
+          nb::arg("levels").noconvert(), nb::arg("variant"));
     bind_products(m);
 }

@@ -31,6 +31,11 @@ std::uint8_t pack(Variant variant, const std::uint8_t* codes, std::size_t num_co
 void unpack(Variant variant, const PlanesIn& planes, int num_planes, std::uint8_t* codes,
             std::size_t num_codes);
 
+// The same, and then the level of each code, in two's complement: what plyweight/codec/codes.py
+// defines as decode.
+void unpack_levels(Variant variant, const PlanesIn& planes, int num_planes, std::uint8_t* levels,
+                   std::size_t num_codes);
+
 // The variants. Each takes as many whole bytes of the planes as it works on at once, from the first
 // on, and says how many codes that were; planes_portable.cpp takes the rest from `done` on.
 //

@@ -168,8 +168,9 @@ def portable(library):
 def test_codes_of_another_kind_never_reach_a_kernel(library, portable, codes):
     with pytest.raises(TypeError, match="incompatible function arguments"):
         library.pack_planes(codes, np.zeros((2, 1), np.uint8), portable)
-    with pytest.raises(TypeError, match="incompatible function arguments"):
-        library.unpack_planes([np.zeros(1, np.uint8)] * 2, codes, portable)
+    for unpack in (library.unpack_planes, library.unpack_levels):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            unpack([np.zeros(1, np.uint8)] * 2, codes, portable)
 
 
 @built
@@ -188,8 +189,9 @@ def test_planes_of_another_kind_never_reach_a_kernel(library, portable, planes):
     codes = np.zeros(16, np.uint8)
     with pytest.raises(TypeError, match="incompatible function arguments"):
         library.pack_planes(codes, planes, portable)
-    with pytest.raises(TypeError, match="incompatible function arguments"):
-        library.unpack_planes(None if planes is None else list(planes), codes, portable)
+    for unpack in (library.unpack_planes, library.unpack_levels):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            unpack(None if planes is None else list(planes), codes, portable)
 
 
 @built
@@ -198,8 +200,9 @@ def test_what_must_not_be_written_is_not_taken_to_be_written(library, portable):
     frozen.setflags(write=False)
     with pytest.raises(TypeError, match="incompatible function arguments"):
         library.pack_planes(np.ones(8, np.uint8), frozen, portable)
-    with pytest.raises(TypeError, match="incompatible function arguments"):
-        library.unpack_planes([np.ones(1, np.uint8)], frozen[0], portable)
+    for unpack in (library.unpack_planes, library.unpack_levels):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            unpack([np.ones(1, np.uint8)], frozen[0], portable)
 
 
 @built
@@ -217,15 +220,17 @@ def test_sizes_that_do_not_fit_never_reach_a_kernel(library, portable, shape, nu
     planes, codes = np.zeros(shape, np.uint8), np.zeros(num_codes, np.uint8)
     with pytest.raises(ValueError, match=words):
         library.pack_planes(codes, planes, portable)
-    with pytest.raises(ValueError, match=words):
-        library.unpack_planes(list(planes), codes, portable)
+    for unpack in (library.unpack_planes, library.unpack_levels):
+        with pytest.raises(ValueError, match=words):
+            unpack(list(planes), codes, portable)
 
 
 @built
 def test_one_plane_that_is_too_short_is_enough_to_refuse(library, portable):
     planes = [np.zeros(2, np.uint8), np.zeros(1, np.uint8)]
-    with pytest.raises(ValueError, match="a plane of 1 bytes; 16 codes need 2"):
-        library.unpack_planes(planes, np.zeros(16, np.uint8), portable)
+    for unpack in (library.unpack_planes, library.unpack_levels):
+        with pytest.raises(ValueError, match="a plane of 1 bytes; 16 codes need 2"):
+            unpack(planes, np.zeros(16, np.uint8), portable)
 
 
 @built
@@ -235,8 +240,9 @@ def test_a_variant_that_does_not_run_here_is_refused(library):
     for variant in missing:
         with pytest.raises(ValueError, match="this variant cannot run here"):
             library.pack_planes(np.zeros(8, np.uint8), np.zeros((1, 1), np.uint8), variant)
-        with pytest.raises(ValueError, match="this variant cannot run here"):
-            library.unpack_planes([np.zeros(1, np.uint8)], np.zeros(8, np.uint8), variant)
+        for unpack in (library.unpack_planes, library.unpack_levels):
+            with pytest.raises(ValueError, match="this variant cannot run here"):
+                unpack([np.zeros(1, np.uint8)], np.zeros(8, np.uint8), variant)
 
 
 @built

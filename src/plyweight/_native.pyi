@@ -20,6 +20,9 @@ def pack_planes(codes: NDArray[np.uint8], planes: NDArray[np.uint8], variant: Va
 def unpack_planes(
     planes: Sequence[NDArray[np.uint8]], codes: NDArray[np.uint8], variant: Variant
 ) -> None: ...
+def unpack_levels(
+    planes: Sequence[NDArray[np.uint8]], levels: NDArray[np.uint8], variant: Variant
+) -> None: ...
 
 class ReadyPlane: ...
 

@@ -8,7 +8,14 @@ from hypothesis.extra import numpy as hnp
 from laws import assert_planes_nest
 
 from plyweight import native
-from plyweight.codec import codes_at, from_planes, plane_bytes, to_planes
+from plyweight.codec import (
+    codes_at,
+    decode,
+    from_planes,
+    levels_from_planes,
+    plane_bytes,
+    to_planes,
+)
 from plyweight.codec.planes import (
     BLOCK_BYTES,
     from_planes_reference,
@@ -75,6 +82,9 @@ def test_every_length_around_what_a_kernel_works_on_at_once_equals_its_definitio
         planes = to_planes_reference(codes, bit_width)
         assert np.array_equal(to_planes(codes, bit_width, kernel=kernel), planes)
         assert np.array_equal(from_planes(planes, codes.shape, kernel=kernel), codes)
+        levels = levels_from_planes(planes, codes.shape, kernel=kernel)
+        assert levels.dtype == np.int8
+        assert np.array_equal(levels, decode(codes, bit_width))
 
 
 @kernels
@@ -86,6 +96,8 @@ def test_more_codes_than_a_block_equal_their_definitions(kernel, extra):
     assert np.array_equal(planes, to_planes_reference(codes, 8))
     for bit_width in (1, 3, 8):
         rebuilt = from_planes(planes[:bit_width], codes.shape, kernel=kernel)
+        levels = levels_from_planes(planes[:bit_width], codes.shape, kernel=kernel)
+        assert np.array_equal(levels, decode(rebuilt, bit_width))
         assert np.array_equal(rebuilt, codes_at(codes, bit_width))
 
 

@@ -9,7 +9,7 @@ from plyweight.codec.codes import (
     inner_levels,
     spread,
 )
-from plyweight.codec.planes import from_planes, plane_bytes, to_planes
+from plyweight.codec.planes import from_planes, levels_from_planes, plane_bytes, to_planes
 
 __all__ = [
     "MAGNITUDES",
@@ -19,6 +19,7 @@ __all__ = [
     "encode",
     "from_planes",
     "inner_levels",
+    "levels_from_planes",
     "plane_bytes",
     "spread",
     "to_planes",

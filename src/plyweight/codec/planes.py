@@ -23,10 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plyweight import native
+from plyweight.codec.codes import decode
 
 __all__ = [
     "from_planes",
     "from_planes_reference",
+    "levels_from_planes",
     "plane_bytes",
     "to_planes",
     "to_planes_reference",
@@ -136,6 +138,42 @@ def _from_planes_in_numpy(
             np.add(block, block, out=block)
             np.bitwise_or(block, _unpack(row), out=block)
     return codes[: prod(shape)].reshape(shape)
+
+
+def levels_from_planes(
+    planes: Iterable[NDArray[np.uint8]], shape: tuple[int, ...], *, kernel: str = "auto"
+) -> NDArray[np.int8]:
+    """``decode(from_planes(planes, shape), len(planes))`` in one pass: the levels of ``shape``.
+
+    Args:
+        planes: as for :func:`from_planes`; numpy arrays.
+        shape: of the weight.
+        kernel: likewise.
+
+    Raises:
+        ValueError: If there is no plane, more than 8, or one of the wrong length.
+        KernelError: If the kernel that is demanded does not run here.
+    """
+    rows = list(planes)
+    _check_planes(rows, shape)
+    variant = native.choose(kernel).variant
+    if variant is None:
+        return _levels_of(_from_planes_in_numpy(rows, shape), len(rows))
+    levels = np.empty(prod(shape), np.uint8)
+    native.library().unpack_levels([np.ascontiguousarray(row) for row in rows], levels, variant)
+    return levels.view(np.int8).reshape(shape)
+
+
+def _levels_of(codes: NDArray[np.uint8], bit_width: int) -> NDArray[np.int8]:
+    """Levels in the memory of the codes they are decoded from."""
+    table = np.zeros(256, np.int8)
+    table[: 1 << bit_width] = decode(np.arange(1 << bit_width, dtype=np.uint8), bit_width)
+    flat, rule = codes.reshape(-1), table.tobytes()
+    for start in range(0, flat.size, 8 * BLOCK_BYTES):
+        block = flat[start : start + 8 * BLOCK_BYTES]
+        # Of all that looks bytes up in a table, this is the one that numpy has not.
+        block[:] = np.frombuffer(block.tobytes().translate(rule), np.uint8)
+    return codes.view(np.int8)
 
 
 def from_planes_reference(planes: Iterable[Any], shape: tuple[int, ...]) -> Any:

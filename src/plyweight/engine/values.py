@@ -35,7 +35,7 @@ from plyweight.artifact import (
     step_name,
     zero_point_name,
 )
-from plyweight.codec import decode, from_planes, spread
+from plyweight.codec import levels_from_planes, spread
 from plyweight.errors import GraphError
 
 __all__ = ["DecodedWeight", "SlotValues", "Views"]
@@ -43,7 +43,6 @@ __all__ = ["DecodedWeight", "SlotValues", "Views"]
 Views = Mapping[str, TensorView]  # what a layer holds, by name inside the layer
 Array = NDArray[Any]
 
-BLOCK = 2**17  # codes that are decoded at once: they stay in a core's cache
 ACTIVATION_LEVELS = 256  # of a grid that is the graph's own
 # A bias of this many units leaves an int32 room for 10^9 of products beside it.
 MOST_BIAS_UNITS = 2.0**30
@@ -227,19 +226,11 @@ class SlotValues:
         return np.ascontiguousarray(np.broadcast_to(scale, shape))
 
     def _decoded(self, param: str) -> Array:
-        """Levels in the memory of the codes they are decoded from."""
         weight = self._header.weights[param]
         brought = [v[planes_name(param)] for v in self._layers if planes_name(param) in v]
-        codes = from_planes([row for view in brought for row in view.numpy()], weight.shape)
-        own = weight.width_at(self._bit_width)
-        table = np.zeros(256, np.int8)
-        table[: 1 << own] = decode(np.arange(1 << own, dtype=np.uint8), own)
-        flat, rule = codes.reshape(-1), table.tobytes()
-        for start in range(0, flat.size, BLOCK):
-            block = flat[start : start + BLOCK]
-            # Of all that looks bytes up in a table, this is the one that numpy has not.
-            block[:] = np.frombuffer(block.tobytes().translate(rule), np.uint8)
-        levels: Array = codes.view(np.int8)
+        levels: Array = levels_from_planes(
+            [row for view in brought for row in view.numpy()], weight.shape
+        )
         return levels
 
     def _of_quantizer(self, prefix: str, leaf: str) -> Array:

@@ -20,7 +20,7 @@ from plyweight.artifact import (
     step_name,
     zero_point_name,
 )
-from plyweight.codec import decode, from_planes, spread
+from plyweight.codec import levels_from_planes, spread
 
 __all__ = ["state_dict_bytes"]
 
@@ -84,9 +84,8 @@ def _values(
         reserved |= {planes_name(param), scale_name(param), gain_name(param)}
     for module in header.activations:
         reserved |= {step_name(module), zero_point_name(module)}
-    bit_width = header.bit_widths[len(layers) - 1]
     for param, weight in header.weights.items():
-        values = _weight(param, weight, weight.width_at(bit_width), layers)
+        values = _weight(param, weight, layers)
         yield param, (dtype, np.ascontiguousarray(values, dtype))
     plain: dict[str, TensorView] = {}
     for layer in layers:  # a later one replaces what an earlier one has
@@ -96,12 +95,10 @@ def _values(
         yield name, ("bfloat16" if view.dtype == "BF16" else array.dtype.name, array)
 
 
-def _weight(
-    param: str, weight: LayeredWeight, own: int, layers: list[dict[str, TensorView]]
-) -> Any:
-    """float32 values of ``weight`` at its own bit-width; ``docs/format.md``, section 3."""
+def _weight(param: str, weight: LayeredWeight, layers: list[dict[str, TensorView]]) -> Any:
+    """float32 values of ``weight`` with the planes of ``layers``; ``docs/format.md``, section 3."""
     brought = [layer[planes_name(param)].numpy() for layer in layers if planes_name(param) in layer]
-    levels = decode(from_planes([row for planes in brought for row in planes], weight.shape), own)
+    levels = levels_from_planes([row for planes in brought for row in planes], weight.shape)
     scale = layers[0][scale_name(param)].numpy()
     # The gain is that of the last layer that brought planes; where that has none it is 1.
     last = next(layer for layer in reversed(layers) if planes_name(param) in layer)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from plyweight.codec import decode, from_planes, plane_bytes, spread
+from plyweight.codec import decode, from_planes, levels_from_planes, plane_bytes, spread
 from plyweight.nn.pages import empty
 from plyweight.nn.quantized import (
     BiasByBitWidth,
@@ -177,8 +177,7 @@ class PackedWeight(Switchable):
         def levels_of(start: int, stop: int) -> NDArray[np.int8]:
             shape, first = (stop - start, *self.shape[1:]), start * row_weights // 8
             cut = [p[first : first + plane_bytes(shape)] for p in planes]
-            levels: NDArray[np.int8] = decode(from_planes(cut, shape), len(cut))
-            return levels
+            return levels_from_planes(cut, shape)
 
         # Rows of the weight that end with a byte of its planes.
         return self._values_by_block(levels_of, scale, unit=8 // gcd(8, row_weights))
