@@ -127,12 +127,12 @@ def test_values_of_another_dtype_or_shape_than_declared_never_reach_the_runtime(
     graph = residual_graph()
     declared = external_initializers(graph.models[0].data)
     values = {n: np.zeros(d.shape, d.dtype) for n, d in declared.items()}
-    check_model(graph.models[0], values)
+    check_model(declared, values)
     for wrong in (np.zeros((16, 3, 3, 4), np.int8), np.zeros((16, 3, 3, 3), np.uint8)):
         with pytest.raises(GraphError, match=r"int8 of shape \[16, 3, 3, 3\] for 'stem.levels'"):
-            check_model(graph.models[0], values | {"stem.levels": wrong})
+            check_model(declared, values | {"stem.levels": wrong})
     with pytest.raises(GraphError, match="list has a slot 'more', but its model has not"):
-        check_model(graph.models[0], values | {"more": np.zeros(1)})
+        check_model(declared, values | {"more": np.zeros(1)})
     del values["stem.levels"]
     with pytest.raises(GraphError, match=r"model has a slot 'stem\.levels'"):
-        check_model(graph.models[0], values)
+        check_model(declared, values)

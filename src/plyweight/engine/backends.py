@@ -38,8 +38,9 @@ class Backend:
 ONNX_RUNTIME_CPU = Runtime(has_nibbles=True, takes_bytes=False)
 # OpenVINO refuses groups of which the last is smaller, and computes something else with others:
 # for one or two rows and groups of 5, 6, 7 or 9 inputs its sums are wrong by half their size
-# (openvino 2026.4.1), for multiples of 4 they are right.
-OPENVINO = Runtime(has_nibbles=False, takes_bytes=True, group_multiple=16)
+# (openvino 2026.4.1), for multiples of 4 they are right. So they are where a weight is read as a
+# value, `x @ weight` with a scale for each of the inputs that are summed: it takes one for all.
+OPENVINO = Runtime(has_nibbles=False, takes_bytes=True, group_multiple=16, only_multiplied=True)
 PORTABLE = Runtime(has_nibbles=False, takes_bytes=True)  # what the graph says, in any runtime
 
 BACKENDS: Mapping[str, Backend] = {

@@ -21,6 +21,7 @@ from plyweight.engine.backends import BACKENDS
 from plyweight.engine.forms import Form, loaded
 from plyweight.engine.inputs import check_inputs
 from plyweight.engine.memory import give_back
+from plyweight.engine.onnx_nodes import OnnxModel
 from plyweight.engine.report import EngineReport, WarmReport
 from plyweight.engine.session import Session, SessionOptions
 from plyweight.engine.values import SlotValues, Views
@@ -70,6 +71,7 @@ class Engine:
             first,
             *(reader.read_layer(i) for i in range(1, num_layers)),
         )
+        self._onnx: dict[tuple[int, ...], OnnxModel] = {}  # read, by the bit-widths of each
         self._warm = WarmWidths(warm_bytes)
         self._warm.install(bit_width, *self._session(self._layers, bit_width))
         give_back()
@@ -192,6 +194,7 @@ class Engine:
         with self._changes:
             self._warm.close()
             self._layers = ()
+            self._onnx.clear()
         give_back()
 
     def report(self) -> EngineReport:
@@ -242,7 +245,8 @@ class Engine:
     ) -> tuple[Session, Mapping[str, Form]]:
         backend, model = BACKENDS[self._backend], self._graph.model_for(bit_width)
         values = SlotValues(self._header, self._graph, layers, bit_width)
-        ready = loaded(self._graph, model, values, backend.runtime(self._options))
+        onnx = self._onnx.setdefault(model.bit_widths, OnnxModel(model.data))
+        ready = loaded(self._graph, model, values, backend.runtime(self._options), onnx)
         del values  # which keeps what modules share
         return backend.session(self._graph, ready, self._options), ready.forms
 

@@ -9,11 +9,11 @@
 A graph says of a weight whose input is a float that it is ``DequantizeLinear(levels, scale)``,
 which any runtime takes. ONNX Runtime makes the float weight of it at every call: six products of
 2048 x 2048 with one row took 28 ms instead of 1 or 2. So for its CPU such weights are rewritten,
-those that the artifact's graph has exactly so, and only they; outputs stay what they were but for
-the rounding of sums in float32. For all others the graph stays as it is.
+those that the artifact's graph has exactly so, and only they; for inputs that are finite, and sums
+that float32 can hold, outputs stay what they were but for the rounding of sums. For all others the
+graph stays as it is. Modules that share a weight, and fold the same into it, share what is made.
 """
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 
 from plyweight.artifact import Graph, Model
 from plyweight.engine.nibbles import BLOCK_SIZES, block_size_of, nibbles_of, sums_of_groups
-from plyweight.engine.onnx_model import Declared
-from plyweight.engine.onnx_nodes import MICROSOFT, Node, Nodes, rewritten
-from plyweight.engine.session import check_declared, check_model, slots_in
+from plyweight.engine.onnx_model import MICROSOFT, Declared
+from plyweight.engine.onnx_nodes import Node, Nodes, OnnxModel, rewritten
+from plyweight.engine.session import check_declared, check_model
 from plyweight.engine.values import SlotValues
-from plyweight.errors import GraphError
 
 __all__ = ["Form", "FormKind", "Loaded", "Runtime", "loaded"]
 
@@ -60,11 +59,13 @@ class Runtime:
         takes_bytes: whether it is to make floats of bytes itself.
         group_multiple: what the size of groups is a multiple of where it can, if none has fewer
             inputs than the others; None for any groups.
+        only_multiplied: whether it can only where products and convolutions read the weight.
     """
 
     has_nibbles: bool
     takes_bytes: bool
     group_multiple: int | None = None
+    only_multiplied: bool = False
 
 
 @dataclass
@@ -73,60 +74,65 @@ class Loaded:
 
     Attributes:
         model: whose slots are the names of ``values``.
+        onnx: its data, read.
         values: by slot.
         forms: by prefix of the module.
     """
 
     model: Model
+    onnx: OnnxModel
     values: dict[str, Array]
     forms: Mapping[str, Form]
 
     @property
     def is_integer(self) -> bool:
-        """Whether no module has a form that was made for a runtime."""
-        return all(form.kind not in ("nibbles", "float") for form in self.forms.values())
+        """Whether all products are of integers: the input of every module is quantized."""
+        return all(form.kind == "integer" for form in self.forms.values())
 
 
-def loaded(graph: Graph, model: Model, values: SlotValues, runtime: Runtime) -> Loaded:
+def loaded(
+    graph: Graph,
+    model: Model,
+    values: SlotValues,
+    runtime: Runtime,
+    onnx: OnnxModel | None = None,
+) -> Loaded:
     """The ``model`` of ``graph`` with the values of a bit-width, in the forms for ``runtime``.
 
+    Args:
+        graph: that says what the slots are.
+        model: one of it.
+        values: of its slots.
+        runtime: that is given it.
+        onnx: ``model.data``, if it may have been read before.
+
     Raises:
-        GraphError: If slots of the model are not what the artifact fills, or it reads a file.
+        GraphError: If slots of the model are not what the artifact fills, it reads a file, or it
+            has names of the engine's own.
     """
+    onnx = OnnxModel(model.data) if onnx is None else onnx
     forms = {name: _as_in_graph(graph, name) for name in sorted(graph.modules)}
     weights = [name for name, form in forms.items() if form.kind == "dequantized"]
     if not weights:
         filled = {name: values.of(name) for name in model.slots}
-        check_model(model, filled)
-        return Loaded(model, filled, forms)
-    declared = slots_in(model.data)  # which also says that it reads no file
-    change = _Change(graph, _nodes(model.data), values)
+        check_model(onnx.slots, filled)
+        return Loaded(model, onnx, filled, forms)
+    change = _Change(graph, onnx.nodes, values)
     for prefix in weights:
         forms[prefix] = change.take(prefix, runtime)
     for prefix in change.taken:
         for leaf, dtype in (("levels", "int8"), ("scale", "float32")):
             name, shape = f"{prefix}.{leaf}", values.shape_of(prefix, leaf)
-            check_declared(name, declared.get(name), Declared(dtype, shape))
+            check_declared(name, onnx.slots.get(name), Declared(dtype, shape))
     dropped = {f"{prefix}.{leaf}" for prefix in change.taken for leaf in ("levels", "scale")}
     added = {n: Declared(v.dtype.name, v.shape) for n, v in change.values.items()}
-    for name in added.keys() & (declared.keys() | graph.slots.keys()):
-        raise GraphError(
-            f"the graph has a slot {name!r} of the engine's own; pack the model again."
-        )
+    onnx.nodes.check_new_names(change.replaced, added)
     kept = tuple(name for name in model.slots if name not in dropped)
-    changed = Model(
-        bit_widths=model.bit_widths,
-        slots=(*kept, *added),
-        data=rewritten(model.data, change.replaced, dropped=dropped, added=added),
-    )
+    changed = OnnxModel(rewritten(onnx.data, change.replaced, dropped=dropped, added=added))
     filled = {name: values.of(name) for name in kept} | change.values
-    check_model(changed, filled)
-    return Loaded(changed, filled, forms)
-
-
-@functools.lru_cache(maxsize=4)  # the models of an artifact, each for several bit-widths
-def _nodes(data: bytes) -> Nodes:
-    return Nodes(data)
+    check_model(changed.slots, filled)
+    model = Model(bit_widths=model.bit_widths, slots=(*kept, *added), data=changed.data)
+    return Loaded(model, changed, filled, forms)
 
 
 def _as_in_graph(graph: Graph, prefix: str) -> Form:
@@ -135,9 +141,27 @@ def _as_in_graph(graph: Graph, prefix: str) -> Form:
     return Form("dequantized", "the runtime makes floats of bytes")
 
 
+@dataclass(frozen=True)
+class _Made:
+    """Names of the slots of a weight as products of 4-bit codes, and the products' attributes."""
+
+    bit_width: int
+    arguments: list[list[str]]
+    half: tuple[str, str] | None
+    attributes: Mapping[str, int]
+
+
 @dataclass
 class _Change:
-    """What is different from the graph's model."""
+    """What is different from the graph's model.
+
+    Attributes:
+        replaced: what stands in place of nodes, by their index.
+        values: of the slots that are added.
+        taken: prefixes of the modules whose own slots are not there any more.
+        nibbles: by the first module with that weight.
+        first: that module, by what makes a weight another one.
+    """
 
     graph: Graph
     nodes: Nodes
@@ -145,6 +169,8 @@ class _Change:
     replaced: dict[int, tuple[Node, ...]] = field(default_factory=dict)
     values: dict[str, Array] = field(default_factory=dict)
     taken: list[str] = field(default_factory=list)
+    nibbles: dict[str, "_Made"] = field(default_factory=dict)
+    first: dict[tuple[object, ...], str] = field(default_factory=dict)
 
     def take(self, prefix: str, runtime: Runtime) -> Form:
         """Rewrite a module whose input is a float where that is better, and say how it is now."""
@@ -176,7 +202,22 @@ class _Change:
         if size and multiple and (num_inputs % size or size % multiple):
             rule = f"takes whole groups of a multiple of {multiple} inputs only"
             return self._as_float(prefix, weights, f"{reason}, and {rule}")
+        if runtime.only_multiplied and not all(
+            product is not None or self._is_convolved(index)
+            for index, product in zip(weights, products, strict=True)
+        ):
+            rule = "is right only where products and convolutions read them"
+            return self._as_float(prefix, weights, f"{reason}, and {rule}")
         return Form("dequantized", reason)
+
+    def _is_convolved(self, index: int) -> bool:
+        """Whether only convolutions read the weight that node ``index`` gives."""
+        (name,) = self.nodes.all[index].outputs
+        readers = self.nodes.readers(name)
+        return self.nodes.num_readers[name] == len(readers) and all(
+            (node.op_type, node.domain, node.inputs[1:2]) == ("Conv", "", (name,))
+            for node in map(self.nodes.all.__getitem__, readers)
+        )
 
     def _is_gather(self, index: int, levels: str) -> bool:
         node = self.nodes.all[index]
@@ -221,11 +262,12 @@ class _Change:
         return node.op_type == "Gemm" and {**plain, **node.attributes} == {**plain, "transB": 1}
 
     def _as_float(self, prefix: str, weights: list[int], reason: str) -> Form:
-        value = self.slots.decoded_weight(prefix).numpy()
-        name = f"{prefix}.values"
-        if self.graph.modules[prefix].is_transposed:
-            value = np.ascontiguousarray(value.T)
-        self.values[name] = value
+        name = f"{self._first_with(prefix, 'float')}.values"
+        if name not in self.values:
+            value = self.slots.decoded_weight(prefix).numpy()
+            if self.graph.modules[prefix].is_transposed:
+                value = np.ascontiguousarray(value.T)
+            self.values[name] = value
         for index in weights:
             outputs = self.nodes.all[index].outputs
             self.replaced[index] = (Node(op_type="Identity", inputs=(name,), outputs=outputs),)
@@ -233,6 +275,23 @@ class _Change:
         return Form("float", reason)
 
     def _as_nibbles(self, prefix: str, weights: list[int], products: list[int]) -> Form:
+        first = self._first_with(prefix, "nibbles")
+        if first not in self.nibbles:
+            self.nibbles[first] = self._made_nibbles(first)
+        made = self.nibbles[first]
+        for index in weights:
+            self.replaced[index] = ()
+        for index in products:
+            self.replaced[index] = _product_nodes(
+                self.nodes.all[index], made.arguments, made.half, made.attributes
+            )
+        self.taken.append(prefix)
+        count = "a product" if len(made.arguments) == 1 else "two products"
+        added = " and the sums of inputs" if made.half is not None else ""
+        return Form("nibbles", f"{made.bit_width} bits are {count} of 4-bit codes{added}")
+
+    def _made_nibbles(self, prefix: str) -> "_Made":
+        """Slots for the weight of a module as products of 4-bit codes."""
         weight = self.slots.decoded_weight(prefix)
         nibbles = nibbles_of(weight)
         arguments = []
@@ -255,16 +314,14 @@ class _Change:
             "block_size": nibbles.block_size,
             "accuracy_level": FLOATS_STAY,
         }
-        for index in weights:
-            self.replaced[index] = ()
-        for index in products:
-            self.replaced[index] = _product_nodes(
-                self.nodes.all[index], arguments, half, attributes
-            )
-        self.taken.append(prefix)
-        count = "a product" if len(arguments) == 1 else "two products"
-        added = " and the sums of inputs" if half is not None else ""
-        return Form("nibbles", f"{weight.bit_width} bits are {count} of 4-bit codes{added}")
+        return _Made(weight.bit_width, arguments, half, attributes)
+
+    def _first_with(self, prefix: str, kind: FormKind) -> str:
+        """The first module that has the same weight in that form; modules share what is made."""
+        module = self.graph.modules[prefix]
+        is_transposed = module.is_transposed and kind == "float"  # codes are the same either way
+        key = kind, is_transposed, self.slots.weight_key(prefix)
+        return self.first.setdefault(key, prefix)
 
 
 def _product_nodes(

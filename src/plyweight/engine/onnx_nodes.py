@@ -5,13 +5,14 @@
 Only what a rewriting has to know of a node is read; all else is copied byte by byte.
 """
 
-import struct
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
+from plyweight.artifact.strict_json import shown
 from plyweight.engine.onnx_model import (
     ATTRIBUTE_GRAPHS,
     DTYPES,
@@ -20,16 +21,19 @@ from plyweight.engine.onnx_model import (
     EXTERNAL,
     GRAPH_INITIALIZER,
     GRAPH_NODE,
+    GRAPH_SPARSE,
     MODEL_GRAPH,
     NODE_ATTRIBUTE,
     NODE_OP_TYPE,
     SLOTS,
+    SPARSE_TENSORS,
     TENSOR_DIMS,
     TENSOR_DTYPE,
     TENSOR_EXTERNAL,
     TENSOR_LOCATION,
     TENSOR_NAME,
     Declared,
+    external_initializers,
     slot_name,
 )
 from plyweight.engine.protobuf import (
@@ -37,22 +41,23 @@ from plyweight.engine.protobuf import (
     counted,
     fields,
     fields_and_bytes,
+    float_of,
     integer_field,
     integer_of,
     message_of,
     text_field,
     text_of,
 )
+from plyweight.errors import GraphError
 
-__all__ = ["MICROSOFT", "Node", "Nodes", "rewritten"]
+__all__ = ["Node", "Nodes", "OnnxModel", "rewritten"]
 
 NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_DOMAIN = 1, 2, 3, 7
 ATTRIBUTE_NAME, ATTRIBUTE_FLOAT, ATTRIBUTE_INTEGER, ATTRIBUTE_TYPE = 1, 2, 3, 20
 FLOAT_TYPE, INTEGER_TYPE = 1, 2
-GRAPH_OUTPUT = 12
+GRAPH_INPUT, GRAPH_OUTPUT = 11, 12
 PORT_NAME = 1
 MODEL_OPSET, OPSET_DOMAIN, OPSET_VERSION = 8, 1, 2
-MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 NUMBERS = {name: number for number, name in DTYPES.items()}
 
 Scalar = int | float | None
@@ -78,29 +83,113 @@ class Node:
 class Nodes:
     """The nodes of a model's main graph, in their order.
 
+    Args:
+        data: a model that :func:`~plyweight.engine.onnx_model.external_initializers` accepted.
+
     Attributes:
         all: of them.
         num_readers: how many times each name is read: by nodes, by graphs inside of nodes, and as
             an output of the graph.
+        num_makers: how many times each name is given: by nodes, by initializers, as an input of
+            the graph, and the same in graphs inside of nodes.
+
+    Raises:
+        GraphError: If something else stands where a name belongs.
     """
 
     def __init__(self, data: bytes) -> None:
         self.all: list[Node] = []
         self.num_readers: Counter[str] = Counter()
+        self.num_makers: Counter[str] = Counter()
+        self._readers: dict[str, list[int]] = {}
         for graph in _messages(memoryview(data), (MODEL_GRAPH,)):
+            self._add_names(graph)
             for message in _messages(graph, (GRAPH_NODE,)):
                 node = _node(message)
+                for name in dict.fromkeys(node.inputs):
+                    self._readers.setdefault(name, []).append(len(self.all))
                 self.all.append(node)
-                self.num_readers.update(node.inputs)
-                self.num_readers.update(_inner_inputs(message))
-            for output in _messages(graph, (GRAPH_OUTPUT,)):
-                self.num_readers.update(
-                    text_of(value) for number, value in fields(output) if number == PORT_NAME
-                )
+                self._add_node(node, message)
 
     def readers(self, name: str) -> list[int]:
         """The indices of the nodes that read ``name``."""
-        return [index for index, node in enumerate(self.all) if name in node.inputs]
+        return list(self._readers.get(name, ()))
+
+    def check_new_names(
+        self, replaced: Mapping[int, Sequence[Node]], added: Collection[str]
+    ) -> None:
+        """Whether nodes and slots that are put into the model have names that are free there.
+
+        Args:
+            replaced: what stands in place of nodes, by their index; they may give what those gave.
+            added: slots.
+
+        Raises:
+            GraphError: If not: something of the model would become something else.
+        """
+        makers = self.num_makers.copy()
+        for index in replaced:
+            makers.subtract(self.all[index].outputs)
+        given = [name for nodes in replaced.values() for node in nodes for name in node.outputs]
+        for name in (*added, *given):
+            makers[name] += 1
+            if makers[name] > 1:
+                raise GraphError(
+                    f"the graph has a name {shown(name)} of the engine's own; pack the model again."
+                )
+
+    def _add_names(self, graph: memoryview) -> None:
+        """Those of inputs, outputs and initializers."""
+        for number, value in fields(graph):
+            if number == GRAPH_OUTPUT:
+                self.num_readers.update(_texts(message_of(value), PORT_NAME))
+            elif number == GRAPH_INPUT:
+                self.num_makers.update(_texts(message_of(value), PORT_NAME))
+            elif number == GRAPH_INITIALIZER:
+                self.num_makers.update(_texts(message_of(value), TENSOR_NAME))
+            elif number == GRAPH_SPARSE:
+                for values in _messages(message_of(value), SPARSE_TENSORS[:1]):
+                    self.num_makers.update(_texts(values, TENSOR_NAME))
+
+    def _add_node(self, node: Node, message: memoryview) -> None:
+        """What it reads and makes; the model is known not to nest too deeply."""
+        self.num_readers.update(node.inputs)
+        self.num_makers.update(name for name in node.outputs if name)
+        for attribute in _messages(message, (NODE_ATTRIBUTE,)):
+            for graph in _messages(attribute, ATTRIBUTE_GRAPHS):
+                self._add_names(graph)
+                for inner in _messages(graph, (GRAPH_NODE,)):
+                    self._add_node(_node(inner), inner)
+
+
+class OnnxModel:
+    """A model that is read once, for all of its bit-widths.
+
+    Args:
+        data: its message.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    @cached_property
+    def slots(self) -> Mapping[str, Declared]:
+        """What it declares its slots to be, by name.
+
+        Raises:
+            GraphError: If it is no model, or one that is refused.
+        """
+        return external_initializers(self.data)
+
+    @cached_property
+    def nodes(self) -> Nodes:
+        """Of its main graph.
+
+        Raises:
+            GraphError: The same.
+        """
+        _ = self.slots
+        return Nodes(self.data)
 
 
 def rewritten(
@@ -192,19 +281,8 @@ def _attribute(message: memoryview) -> tuple[str, Scalar]:
             whole = integer_of(value)
             whole -= 2**64 if whole >= 2**63 else 0
         elif number == ATTRIBUTE_FLOAT:
-            fraction = struct.unpack("<f", message_of(value))[0]
+            fraction = float_of(value)
     return name, {INTEGER_TYPE: whole, FLOAT_TYPE: fraction}.get(kind)
-
-
-def _inner_inputs(node: memoryview) -> Iterator[str]:
-    """What nodes of graphs inside ``node`` read; the model is known not to nest too deeply."""
-    for attribute in _messages(node, (NODE_ATTRIBUTE,)):
-        for graph in _messages(attribute, ATTRIBUTE_GRAPHS):
-            for inner in _messages(graph, (GRAPH_NODE,)):
-                yield from _node(inner).inputs
-                yield from _inner_inputs(inner)
-            for output in _messages(graph, (GRAPH_OUTPUT,)):
-                yield from (text_of(v) for number, v in fields(output) if number == PORT_NAME)
 
 
 def _messages(message: memoryview, wanted: Collection[int]) -> Iterator[memoryview]:
@@ -213,9 +291,14 @@ def _messages(message: memoryview, wanted: Collection[int]) -> Iterator[memoryvi
             yield message_of(value)
 
 
+def _texts(message: memoryview, wanted: int) -> Iterator[str]:
+    for number, value in fields(message):
+        if number == wanted:
+            yield text_of(value)
+
+
 def _domain(opset: memoryview) -> str:
-    found = [text_of(value) for number, value in fields(opset) if number == OPSET_DOMAIN]
-    return found[-1] if found else ""
+    return [*_texts(opset, OPSET_DOMAIN), ""][0]
 
 
 def _node_parts(node: Node) -> list[Part]:

@@ -5,10 +5,12 @@ two ways, and the runtime packs the weights into a form of its own in both:
 
     beside    the values as "external initializers", which the session reads and does not own, so
               that they stay beside its own form: made soonest (a cold switch of ResNet-18 49 ms),
-              and held twice. Networks of integers, which are small and switch.
+              and held twice. Networks all of whose products are of integers (``Loaded.is_integer``),
+              which are small and switch.
     inside    the values in the model's message: the runtime owns them, and gives back what it has
-              packed. Held once, for 9 to 15 ms of copies. Weights alone, which may be large; only
-              a model that is too large for one message has them beside it all the same.
+              packed. Held once, for 9 to 15 ms of copies. All others, on any provider: weights
+              alone may be large. Only a model that is too large for one message has them beside
+              it all the same.
 
 Integer products are the exact ones on every machine: where its instructions would saturate
 (``exactness`` finds out), ONNX Runtime is told to make the weights unsigned first.
@@ -61,7 +63,7 @@ class OnnxRuntimeSession:
         self.provider_names = _names(providers)
         self._outputs = [port.name for port in graph.outputs]
         model = ready.model
-        data, left = requantized(model.data, ready.values)
+        data, left = requantized(ready.onnx, ready.values)
         num_bytes = num_bytes_of(left)
         settings = runtime.SessionOptions()
         settings.log_severity_level = FATAL_ONLY

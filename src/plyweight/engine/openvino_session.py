@@ -8,14 +8,14 @@ its other side; docs/method.md, section 12, has by how much answers differ.
 
 import functools
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
 
-from plyweight.artifact import Graph
+from plyweight.artifact import Graph, Port
 from plyweight.engine.exactness import COLUMNS, INNER, LARGEST_SIGNED, LARGEST_UNSIGNED, ROWS
 from plyweight.engine.forms import Loaded
 from plyweight.engine.onnx_filled import filled
@@ -71,9 +71,9 @@ class OpenVinoSession:
                 "another backend, or install a newer one."
             ) from error
         self.num_bytes = COPIES * len(data)
-        inputs, outputs = self._compiled.inputs, self._compiled.outputs
-        check_ports(graph, map(_name, inputs), map(_name, outputs))
-        places = {_name(output): place for place, output in enumerate(outputs)}
+        inputs = _places(self._compiled.inputs, graph.inputs)
+        places = _places(self._compiled.outputs, graph.outputs)
+        check_ports(graph, inputs, places)
         self._places = [places[port.name] for port in graph.outputs]
         # A request has memory of its own and is one thread's at a time.
         self._idle: SimpleQueue[Any] = SimpleQueue()
@@ -169,5 +169,14 @@ def _core(runtime: Any) -> Any:
     return runtime.Core()
 
 
-def _name(port: Any) -> str:
-    return str(port.get_any_name())
+def _places(ports: Sequence[Any], said: Sequence[Port]) -> dict[str, int]:
+    """The place of each port by its name, or names.
+
+    A tensor has all names of the nodes that OpenVINO found to change nothing, in no order, so that
+    the one that the graph says is looked for first.
+    """
+    known, places = {port.name for port in said}, {}
+    for place, port in enumerate(ports):
+        for name in known & set(port.get_names()) or {str(port.get_any_name())}:
+            places[name] = place
+    return places

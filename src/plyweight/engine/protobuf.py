@@ -7,15 +7,18 @@ A message is its fields one after the other, each a number, a kind of value and 
 See https://protobuf.dev/programming-guides/encoding. No more of it is here than models take.
 """
 
+import struct
 from collections.abc import Iterator, Sequence
 
 from plyweight.errors import GraphError
 
 __all__ = [
     "Part",
+    "Value",
     "counted",
     "fields",
     "fields_and_bytes",
+    "float_of",
     "integer_field",
     "integer_of",
     "message_of",
@@ -29,15 +32,17 @@ VARINT, EIGHT_BYTES, COUNTED, FOUR_BYTES = 0, 1, 2, 5  # wire types; groups (3, 
 FIXED_BYTES = {EIGHT_BYTES: 8, FOUR_BYTES: 4}
 
 Part = bytes | memoryview
+# Of a field: an integer, the bytes of a fixed-size number, or a view of what has a length.
+Value = int | bytes | memoryview
 
 
-def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Every field of a message: its number, and an integer or the bytes of it."""
+def fields(message: memoryview) -> Iterator[tuple[int, Value]]:
+    """Every field of a message: its number, and what it has."""
     for number, value, _ in fields_and_bytes(message):
         yield number, value
 
 
-def fields_and_bytes(message: memoryview) -> Iterator[tuple[int, int | memoryview, memoryview]]:
+def fields_and_bytes(message: memoryview) -> Iterator[tuple[int, Value, memoryview]]:
     """The same, and all the bytes that the field takes, its number and length among them.
 
     Raises:
@@ -60,7 +65,12 @@ def fields_and_bytes(message: memoryview) -> Iterator[tuple[int, int | memoryvie
             raise refused(f"a field has wire type {wire_type}")
         if size > stop - offset:
             raise refused("it ends inside a field")
-        yield number, message[offset : offset + size], message[start : offset + size]
+        content = message[offset : offset + size]
+        yield (
+            number,
+            content if wire_type == COUNTED else bytes(content),
+            message[start : offset + size],
+        )
         offset += size
 
 
@@ -86,21 +96,29 @@ def _varint(message: memoryview, offset: int) -> tuple[int, int]:
     raise refused("a number has more than 64 bits")
 
 
-def message_of(value: int | memoryview) -> memoryview:
+def message_of(value: Value) -> memoryview:
     """A field that is a message, as its bytes."""
-    if isinstance(value, int):
+    if not isinstance(value, memoryview):
         raise refused("a number stands where a message belongs")
     return value
 
 
-def integer_of(value: int | memoryview) -> int:
+def integer_of(value: Value) -> int:
     """A field that is an integer; a negative one is 2^64 more."""
     if not isinstance(value, int):
-        raise refused("a message stands where a number belongs")
+        raise refused("something else stands where an integer belongs")
     return value
 
 
-def text_of(value: int | memoryview) -> str:
+def float_of(value: Value) -> float:
+    """A field that is a float32."""
+    if not isinstance(value, bytes) or len(value) != FIXED_BYTES[FOUR_BYTES]:
+        raise refused("something else stands where a float belongs")
+    found: float = struct.unpack("<f", value)[0]
+    return found
+
+
+def text_of(value: Value) -> str:
     """A field that is a text."""
     try:
         return bytes(message_of(value)).decode("utf-8")

@@ -4,14 +4,13 @@ A runtime is behind one small protocol; ``backends`` lists those there are. What
 of them is here: how to compute, and whether a model is one that may be given to a runtime.
 """
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from plyweight.artifact import Graph, Model
-from plyweight.engine.onnx_model import Declared, external_initializers
+from plyweight.artifact import Graph
+from plyweight.engine.onnx_model import Declared
 from plyweight.errors import GraphError, listed
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "check_ports",
     "first_line",
     "num_bytes_of",
-    "slots_in",
 ]
 
 Array = NDArray[Any]
@@ -66,13 +64,16 @@ class SessionOptions:
         self.threads = threads
 
 
-def check_model(model: Model, values: Mapping[str, Array]) -> None:
-    """Whether a model's slots are those of ``values``, in dtype and shape, and it reads no file.
+def check_model(declared: Mapping[str, Declared], values: Mapping[str, Array]) -> None:
+    """Whether a model's slots are those of ``values``, in dtype and shape.
+
+    Args:
+        declared: what :func:`~plyweight.engine.onnx_model.external_initializers` found.
+        values: by slot.
 
     Raises:
         GraphError: If not.
     """
-    declared = slots_in(model.data)
     for name in sorted(declared.keys() ^ values.keys()):
         has, has_not = ("model", "list") if name in declared else ("list", "model")
         raise GraphError(
@@ -97,16 +98,6 @@ def check_declared(name: str, there: Declared | None, given: Declared) -> None:
             f"but the artifact gives {given.dtype} of shape {list(given.shape)}; pack the "
             "model again."
         )
-
-
-@functools.lru_cache(maxsize=4)  # the models of an artifact, each for several bit-widths
-def slots_in(data: bytes) -> Mapping[str, Declared]:
-    """What a model declares its slots to be, by name; read once for each of the last models.
-
-    Raises:
-        GraphError: If it is no model, or one that reads files.
-    """
-    return external_initializers(data)
 
 
 def check_ports(graph: Graph, inputs: Iterable[str], outputs: Iterable[str]) -> None:

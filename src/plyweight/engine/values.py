@@ -114,6 +114,11 @@ class SlotValues:
             group_size=module.group_size,
         )
 
+    def weight_key(self, prefix: str) -> tuple[object, ...]:
+        """What is equal for two modules only if their decoded weights are."""
+        module, folded = self._graph.modules[prefix], self._folded_of(prefix)
+        return module.param, module.group_size, folded.change.tobytes(), folded.scale.tobytes()
+
     def shape_of(self, prefix: str, leaf: str) -> tuple[int, ...]:
         """The shape of the slot ``<prefix>.levels`` or ``<prefix>.scale``."""
         module = self._graph.modules[prefix]

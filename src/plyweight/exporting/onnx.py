@@ -24,6 +24,7 @@ from plyweight.engine.backends import ONNX_RUNTIME_CPU, PORTABLE
 from plyweight.engine.engine import graph_of
 from plyweight.engine.forms import Loaded, Runtime, loaded
 from plyweight.engine.onnx_filled import filled
+from plyweight.engine.onnx_nodes import OnnxModel
 from plyweight.engine.onnxruntime_session import OnnxRuntimeSession, check_onnxruntime
 from plyweight.engine.session import SessionOptions, num_bytes_of
 from plyweight.engine.values import SlotValues, Views
@@ -140,7 +141,8 @@ def write_onnx(
         file.flush()
         file.seek(0)
         read = Model(bit_widths=(bit_width,), slots=(), data=file.read())
-        session = OnnxRuntimeSession(whole.graph, Loaded(read, {}, {}), SessionOptions(None, None))
+        ready = Loaded(read, OnnxModel(read.data), {}, {})
+        session = OnnxRuntimeSession(whole.graph, ready, SessionOptions(None, None))
         for feeds, expected in whole.answers():
             outputs = session.run(feeds)
             if not all(map(_is_equal, outputs, expected)):
