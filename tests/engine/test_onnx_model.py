@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from plyweight.engine import onnx_model
 from plyweight.engine.onnx_model import Declared, external_initializers
+from plyweight.engine.protobuf import counted
 from plyweight.engine.session import check_model
 from plyweight.errors import GraphError, PlyweightError
 
@@ -89,6 +91,49 @@ def test_graphs_that_nest_for_ever_are_refused():
         )
     with pytest.raises(GraphError, match="nests graphs too deeply"):
         external_initializers(model(nodes=[node]).SerializeToString())
+
+
+def test_a_model_of_more_nodes_or_fields_than_are_read_is_refused(monkeypatch):
+    nodes = [inside(in_a_file(location="here")) for _ in range(3)]
+    del nodes[0].attribute[:], nodes[1].attribute[:]
+    data = model(nodes=nodes[:2]).SerializeToString()
+    monkeypatch.setattr(onnx_model, "MAX_NODES", 2)
+    assert external_initializers(data) == {}
+    with pytest.raises(GraphError, match="it has more than 2 nodes"):
+        external_initializers(model(nodes=nodes).SerializeToString())
+    monkeypatch.setattr(onnx_model, "MAX_FIELDS", 10)
+    with pytest.raises(GraphError, match="it has more than 10 fields"):
+        external_initializers(data)
+
+
+def test_the_nodes_of_branches_and_functions_count(monkeypatch):
+    constants = [helper.make_node("Constant", [], [f"{i}"], value_int=i) for i in range(3)]
+    branch = helper.make_graph(constants, "branch", [], [])
+    choice = helper.make_node("If", ["c"], ["y"], then_branch=branch)
+    function = helper.make_function("d", "f", [], ["0"], constants, [])
+    for one in (model(nodes=[choice]), model(functions=[function])):
+        external_initializers(one.SerializeToString())
+        with monkeypatch.context() as changed:
+            changed.setattr(onnx_model, "MAX_NODES", 2)
+            with pytest.raises(GraphError, match="more than 2 nodes"):
+                external_initializers(one.SerializeToString())
+
+
+def test_four_hundred_thousand_nodes_are_refused_before_all_of_them_are_read():
+    """In a file of 0.9 MB, once it is compressed, they took 40 s."""
+    node = helper.make_node("A", ["x"], ["y"]).SerializeToString()
+    data = b"".join(counted(7, counted(1, [node]) * 400_000))
+    with pytest.raises(GraphError, match="it has more than 50,000 nodes"):
+        external_initializers(data)
+
+
+def test_a_second_graph_or_a_slot_that_has_its_values_too_is_refused():
+    data = model(initializers=[in_a_file()]).SerializeToString()
+    with pytest.raises(GraphError, match="it has two graphs"):
+        external_initializers(data + data)
+    both = model(initializers=[in_a_file(), numpy_helper.from_array(np.arange(5), "w")])
+    with pytest.raises(GraphError, match="'w' is there twice"):
+        external_initializers(both.SerializeToString())
 
 
 @pytest.mark.parametrize(

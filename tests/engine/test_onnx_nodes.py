@@ -7,6 +7,8 @@ from onnx import TensorProto, helper
 
 from plyweight.engine.onnx_model import Declared, external_initializers
 from plyweight.engine.onnx_nodes import Node, Nodes, rewritten
+from plyweight.engine.protobuf import counted, integer_field, text_field
+from plyweight.errors import GraphError
 
 
 @pytest.mark.parametrize("is_clipped", [False, True])
@@ -30,6 +32,46 @@ def test_attributes_are_whole_numbers_or_others_or_nothing():
     graph = helper.make_graph([node], "g", [], [])
     (read,) = Nodes(helper.make_model(graph).SerializeToString()).all
     assert read.attributes == {"alpha": 0.5, "transB": 1, "other": -3, "text": None}
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        integer_field(2, 1),
+        text_field(2, "four"),  # as long as a float, but no fixed number of bytes
+        text_field(2, ""),
+        bytes([2 << 3 | 1, *bytes(8)]),  # a double
+        text_field(3, "1"),
+        bytes([3 << 3 | 5, *bytes(4)]),
+    ],
+)
+def test_an_attribute_of_another_wire_type_is_refused(number):
+    node = b"".join(counted(1, counted(5, [text_field(1, "alpha"), number])))
+    with pytest.raises(GraphError, match="something else stands where"):
+        Nodes(b"".join(counted(7, [node])))
+
+
+def test_what_is_put_in_has_names_that_are_free():
+    data, _ = residual_model(is_clipped=False)
+    nodes = Nodes(data)
+    index = next(i for i, node in enumerate(nodes.all) if node.op_type == "Gemm")
+    gemm = nodes.all[index]
+    (stranger,) = nodes.all[0].outputs
+
+    def identity(name):
+        return {index: (Node(op_type="Identity", inputs=gemm.inputs[:1], outputs=(name,)),)}
+
+    nodes.check_new_names(identity(gemm.outputs[0]), {"new"})  # its own may stay
+    nodes.check_new_names(identity("free"), ())
+    for replaced, added in (
+        (identity(stranger), ()),
+        (identity("new"), {"new"}),
+        (identity("input"), ()),
+        ({}, {"fc.levels"}),
+        ({}, gemm.outputs),
+    ):
+        with pytest.raises(GraphError, match="of the engine's own"):
+            nodes.check_new_names(replaced, added)
 
 
 def test_readers_inside_of_nodes_and_outputs_count():

@@ -1,5 +1,6 @@
 """A second rounding on bytes gives the levels that one through floats gives, all 256 of them."""
 
+import contextlib
 import platform
 from collections import Counter
 
@@ -8,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from graph.packed import IMAGES, NETS
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
@@ -17,6 +18,8 @@ from plyweight.engine.onnx_filled import filled
 from plyweight.engine.onnx_model import external_initializers
 from plyweight.engine.onnx_nodes import OnnxModel
 from plyweight.engine.onnx_requantized import MACHINES, requantized
+from plyweight.engine.protobuf import counted, fields_and_bytes, integer_field, text_field
+from plyweight.errors import GraphError
 from plyweight.nn import bit_widths_of
 
 pytestmark = pytest.mark.skipif(
@@ -178,6 +181,195 @@ def test_what_is_not_known_stays(monkeypatch):
     assert changed(nested, arrays)[0] == nested
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert changed(data, arrays)[0] == data
+
+
+def ordinary():
+    return grid("in", 0.013) | grid("out", 0.0171) | {"out.highest": np.uint8(15)}
+
+
+def edited(edit, values=None):
+    """A model with one chain, changed."""
+    model = onnx.load_from_string(chain_model(ordinary() if values is None else values))
+    edit(model.graph)
+    return model.SerializeToString()
+
+
+def with_node(raw):
+    """A model with one chain and a node of these bytes."""
+    parts = []
+    for number, value, whole in fields_and_bytes(memoryview(chain_model(ordinary()))):
+        parts += counted(7, [value, *counted(1, [raw])]) if number == 7 else [whole]
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        text_field(4, "Relu") + b"\x0a\x02\xff\xfe",  # an input that is no UTF-8
+        text_field(4, "Relu") + integer_field(1, 2**40),
+        integer_field(4, 5),
+    ],
+)
+def test_a_node_that_is_none_is_refused(raw):
+    with pytest.raises(GraphError, match="refused"):
+        changed(with_node(raw), as_arrays(ordinary()))
+
+
+def test_an_operator_that_is_given_twice_is_the_last_one():
+    twice = text_field(4, "Neg") + text_field(4, "Relu") + text_field(1, "source")
+    found = operators(changed(with_node(twice), as_arrays(ordinary()))[0])
+    assert found["Relu"] == found["QLinearAdd"] == 1
+
+
+def without_inputs(index, count):
+    return lambda graph: [graph.node[index].input.pop() for _ in range(count)]
+
+
+def with_attribute(index, name, value):
+    return lambda graph: graph.node[index].attribute.append(helper.make_attribute(name, value))
+
+
+def of_another_domain(index):
+    return lambda graph: setattr(graph.node[index], "domain", "my")
+
+
+def also_an_input(name):
+    port = helper.make_tensor_value_info(name, TensorProto.UINT8, [])
+    return lambda graph: graph.input.append(port)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        without_inputs(1, 1),  # no zero point, which ONNX allows: it is 0
+        without_inputs(2, 1),
+        without_inputs(4, 1),
+        without_inputs(1, 2),
+        without_inputs(1, 3),
+        without_inputs(2, 3),
+        without_inputs(3, 1),
+        of_another_domain(1),
+        of_another_domain(2),
+        of_another_domain(3),
+        of_another_domain(4),
+        with_attribute(2, "precision", TensorProto.FLOAT16),
+        with_attribute(1, "output_dtype", TensorProto.FLOAT),
+        with_attribute(2, "axis", 0.5),
+        with_attribute(2, "axis", "text"),
+        also_an_input("out.zero"),  # which a caller may give another value
+        also_an_input("out.highest"),
+        lambda graph: graph.node.append(graph.node[1]),
+    ],
+)
+def test_a_chain_that_says_something_else_stays(edit):
+    data = edited(edit)
+    assert changed(data, as_arrays(ordinary()))[0] == data
+
+
+@pytest.mark.parametrize(
+    "highest",
+    [np.array([15], np.uint8), np.array([15, 16], np.uint8), np.float32(np.nan), np.int8(-4)],
+)
+def test_a_highest_level_that_is_no_byte_leaves_the_chain_alone(highest):
+    data = chain_model(ordinary())
+    assert changed(data, as_arrays(ordinary() | {"out.highest": highest}))[0] == data
+
+
+@pytest.mark.parametrize(
+    ("step", "new"), [(1e29, 1e-29), (1e-29, 1e29), (1e-40, 1.0), (3e38, 1.0), (np.nan, 1.0)]
+)
+def test_steps_too_far_apart_to_compute_with_leave_the_chain_alone(step, new):
+    values = grid("in", step, 3) | grid("out", new, 5) | {"out.highest": np.uint8(15)}
+    data = chain_model(values)
+    assert changed(data, as_arrays(values))[0] == data
+
+
+@pytest.mark.parametrize("step", [2.0**-90, 2.0**90])
+def test_steps_of_any_size_may_be_replaced_where_their_quotient_is_one_to_compute_with(step):
+    values = grid("in", 0.013 * step, 3) | grid("out", 0.0171 * step, 5)
+    values["out.highest"] = np.uint8(15)
+    assert operators(assert_same(chain_model(values), values))["QLinearAdd"] == 1
+
+
+def test_a_function_of_the_graphs_own_is_not_replaced():
+    """It is called as an operator of ONNX and computes something else."""
+    model = onnx.load_from_string(edited(of_another_domain(2)))
+    body = [
+        helper.make_node("QuantizeLinear", ["a", "s", "z"], ["q"]),
+        helper.make_node("BitwiseNot", ["q"], ["r"]),
+    ]
+    opset = [helper.make_opsetid("", 18)]
+    args = ("QuantizeLinear", ["a", "s", "z"], ["r"], body, opset)
+    model.functions.append(helper.make_function("my", *args))
+    model.opset_import.add(domain="my", version=1)
+    assert_same(model.SerializeToString(), ordinary())
+    for domain in ("", "ai.onnx", "com.microsoft"):
+        model.functions[0].domain = domain
+        with pytest.raises(GraphError, match="defines the operator 'QuantizeLinear'"):
+            changed(model.SerializeToString(), as_arrays(ordinary()))
+
+
+def test_an_operator_of_the_domain_by_its_long_name_is_the_same():
+    data = edited(lambda graph: setattr(graph.node[2], "domain", "ai.onnx"))
+    assert operators(assert_same(data, ordinary()))["QLinearAdd"] == 1
+
+
+def test_a_slot_that_is_an_output_stays():
+    def edit(graph):
+        for name in ("out.zero", "out.highest"):
+            graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, []))
+
+    found = assert_same(edited(edit), ordinary())
+    assert {"out.zero", "out.highest"} < set(external_initializers(found))
+
+
+def inline(graph):
+    graph.initializer.append(helper.make_tensor("0/moved zero point", 2, [], [7]))
+
+
+def given_by_a_node(graph):
+    graph.node.append(helper.make_node("Identity", ["moved"], ["0/moved zero point"]))
+
+
+def as_an_input(graph):
+    graph.input.append(helper.make_tensor_value_info("0/moved zero point", 2, []))
+
+
+@pytest.mark.parametrize("edit", [inline, given_by_a_node, as_an_input])
+def test_a_name_of_the_zero_points_that_are_added_is_refused(edit):
+    with pytest.raises(GraphError, match="'0/moved zero point' of the engine's own"):
+        changed(edited(edit), as_arrays(ordinary()))
+
+
+def test_a_chain_that_begins_where_another_ends_reads_its_moved_levels():
+    values = grid("in", 0.013) | grid("a", 0.0171) | grid("b", 0.0437)
+    values |= {"a.highest": np.uint8(15), "b.highest": np.uint8(3)}
+    more = [
+        helper.make_node("QuantizeLinear", ["a.y", *pair("b")], ["b.q"]),
+        helper.make_node("Clip", ["b.q", "", "b.highest"], ["b.c"]),
+        helper.make_node("DequantizeLinear", ["b.c", *pair("b")], ["b.y"]),
+    ]
+    data = chain_model(values, readers=("a",), more=more, outputs=["b.y"])
+    found = operators(assert_same(data, values))
+    assert found["QLinearAdd"] == 2
+    assert found["DequantizeLinear"] == 1
+
+
+@settings(max_examples=400)
+@given(data=st.data())
+def test_changed_bytes_are_refused_or_give_a_model_whose_slots_have_values(data):
+    values = as_arrays(ordinary())
+    raw = bytearray(chain_model(values))
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        external_initializers(bytes(raw))
+    except GraphError:
+        return
+    with contextlib.suppress(GraphError):
+        found, left = changed(bytes(raw), values)
+        if found != bytes(raw):
+            assert set(external_initializers(found)) & set(values) <= set(left)
 
 
 @pytest.mark.parametrize("net", NETS)

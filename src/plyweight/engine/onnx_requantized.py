@@ -95,7 +95,7 @@ class _Change:
         self.replaced: dict[int, tuple[Node, ...]] = {}
         self.zero_points: dict[int, str] = {}
         self._read: set[int] = set()  # nodes whose inputs others have taken over
-        self._made: dict[tuple[object, ...], tuple[str, str]] = {}
+        self._made: dict[tuple[str, bytes, bytes], tuple[str, str]] = {}
         self._left = nodes.num_readers.copy()
 
     def take(self, chain: _Chain) -> None:
@@ -169,8 +169,9 @@ class _Change:
         made = output, shifted
         if not keeps_clip:
             # Readers with equal grids, as two convolutions have before training, share the levels.
-            grid = target[0].tobytes(), target[1].tobytes()
-            made = self._made.setdefault((before.inputs[0], wanted.tobytes(), *grid), made)
+            # (The zero point is the level of 0, which is among those of any grid, and not clipped.)
+            key = before.inputs[0], wanted.tobytes(), target[0].tobytes()
+            made = self._made.setdefault(key, made)
         if made == (output, shifted):
             zero = before.inputs[2], *before.inputs[1:]
             addition = Node(

@@ -5,7 +5,7 @@ two ways, and the runtime packs the weights into a form of its own in both:
 
     beside    the values as "external initializers", which the session reads and does not own, so
               that they stay beside its own form: made soonest (a cold switch of ResNet-18 49 ms),
-              and held twice. Networks all of whose products are of integers (``Loaded.is_integer``),
+              and held twice. Networks whose products all are of integers (``is_integer``),
               which are small and switch.
     inside    the values in the model's message: the runtime owns them, and gives back what it has
               packed. Held once, for 9 to 15 ms of copies. All others, on any provider: weights
