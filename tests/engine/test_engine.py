@@ -14,7 +14,9 @@ from engine.handmade import BIT_WIDTHS, answers, images, residual_graph, write
 
 import plyweight
 from plyweight.artifact import ArtifactReader, MemorySource
+from plyweight.engine import onnx_nodes
 from plyweight.engine.backends import BACKENDS
+from plyweight.engine.onnx_nodes import Nodes
 from plyweight.engine.values import SlotValues
 from plyweight.errors import (
     ArtifactError,
@@ -263,3 +265,19 @@ def test_a_width_that_is_not_held_says_whether_it_can_be_had(path):
             engine.upgrade(3)
     with pytest.raises(BitWidthError, match="3 bits were asked for, but residual stores 2, 4, 8"):
         plyweight.open(path, bit_width=3)
+
+
+def test_what_was_read_of_a_model_goes_with_the_engine(path, monkeypatch):
+    read = []
+
+    class Counted(Nodes):
+        def __init__(self, data):
+            super().__init__(data)
+            read.append(weakref.ref(self))
+
+    monkeypatch.setattr(onnx_nodes, "Nodes", Counted)
+    with plyweight.open(path, threads=1) as engine:
+        for bit_width in BIT_WIDTHS:
+            engine.set_bit_width(bit_width)
+        assert len(read) <= len(residual_graph().models)  # once for all of its bit-widths
+    assert all(nodes() is None for nodes in read)

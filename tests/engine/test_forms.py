@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import onnx
 import pytest
 from engine import reference
 from engine.weight_only import ALL, NUM_ROWS, WeightOnly, slot
@@ -13,8 +14,11 @@ from onnx import TensorProto, helper
 import plyweight
 from plyweight.artifact import GRAPH_NAME, ArtifactReader, Graph, Module
 from plyweight.codec import spread
+from plyweight.engine import onnxruntime_session
 from plyweight.engine.backends import ONNX_RUNTIME_CPU, OPENVINO, PORTABLE
 from plyweight.engine.forms import loaded
+from plyweight.engine.onnxruntime_session import OnnxRuntimeSession
+from plyweight.engine.session import SessionOptions
 from plyweight.engine.values import SlotValues
 from plyweight.errors import GraphError
 
@@ -228,6 +232,87 @@ def test_a_slot_called_as_the_engines_own_is_refused(path):
     WeightOnly(12, 4, edit=taken).write(path)
     with pytest.raises(GraphError, match="of the engine's own"):
         plyweight.open(path)
+
+
+def inline(name):
+    """An initializer that has its values."""
+
+    def edit(proto):
+        proto.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, [1], [3.0]))
+
+    return edit
+
+
+def given_by_a_node(name):
+    return lambda proto: proto.node.append(helper.make_node("Identity", ["x"], [name]))
+
+
+def given_in_a_branch(name):
+    def edit(proto):
+        inner = helper.make_node("Constant", [], [name], value_float=3.0)
+        output = helper.make_tensor_value_info(name, TensorProto.FLOAT, [])
+        branch = helper.make_graph([inner], "branch", [], [output])
+        yes = helper.make_tensor("yes", TensorProto.BOOL, [], [True])
+        proto.node.append(helper.make_node("Constant", [], ["yes"], value=yes))
+        choice = helper.make_node("If", ["yes"], ["one"], then_branch=branch, else_branch=branch)
+        proto.node.append(choice)
+
+    return edit
+
+
+@pytest.mark.parametrize("edit", [inline, given_by_a_node, given_in_a_branch])
+@pytest.mark.parametrize(
+    ("name", "group_size"),
+    [
+        ("fc.values", 5),
+        ("fc.nibbles0.codes", None),
+        ("fc.nibbles1.scale", None),
+        ("fc.nibbles.half", None),
+        ("nibbles.sums.48.48", None),
+        ("product/nibbles0", None),
+        ("product/sums", None),
+        ("product/half", None),
+        ("product/sum0", None),
+    ],
+)
+def test_a_name_of_the_engines_own_is_refused_wherever_it_stands(path, name, group_size, edit):
+    """It would be computed with in place of what the engine puts there, or the other way round."""
+    net = WeightOnly(48, 5, group_size)
+    (model,) = net.graph.models
+    proto = onnx.load_from_string(model.data)
+    edit(name)(proto.graph)
+    changed = dataclasses.replace(model, data=proto.SerializeToString())
+    net.graph = dataclasses.replace(net.graph, models=(changed,))
+    net.write(path)
+    with pytest.raises(GraphError, match=f"'{name}' of the engine's own"):
+        plyweight.open(path, bit_width=8)
+
+
+@pytest.mark.parametrize("group_size", [None, 16, 5])
+@pytest.mark.parametrize("is_gemm", [False, True])
+def test_values_beside_the_model_are_as_those_inside_of_it(path, group_size, is_gemm, monkeypatch):
+    """As a model has them that is too large for one message."""
+    net = WeightOnly(48, 17, group_size, is_gemm=is_gemm)
+    net.write(path)
+    feeds = inputs(net, 3)
+    for bit_width in ALL:
+        with plyweight.open(path, bit_width=bit_width, threads=1) as engine:
+            inside, size = engine.run(feeds)["y"], engine.report().warm[0].num_bytes
+        with monkeypatch.context() as changed:
+            changed.setattr(onnxruntime_session, "MAX_MESSAGE_BYTES", 0)
+            with plyweight.open(path, bit_width=bit_width, threads=1) as engine:
+                np.testing.assert_array_equal(engine.run(feeds)["y"], inside)
+                assert engine.report().warm[0].num_bytes > 1.3 * size
+
+
+def test_weights_alone_are_held_once_on_any_provider(path):
+    net = WeightOnly(512, 64)
+    net.write(path)
+    one = ready(path, 8, PORTABLE)
+    assert one.forms["fc"].kind == "dequantized"
+    assert not one.is_integer
+    session = OnnxRuntimeSession(net.graph, one, SessionOptions(None, 1))
+    assert session.num_bytes < 1.1 * 512 * 64
 
 
 @pytest.fixture(scope="module")

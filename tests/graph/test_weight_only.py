@@ -78,6 +78,80 @@ def test_the_forms_of_a_mixed_network_are_told(tmp_path):
     }
 
 
+class ReadAsValue(nn.Module):
+    """``compute(weight, x)`` of a weight ``(48, 48)`` whose rows have uneven scales."""
+
+    def __init__(self, compute) -> None:
+        super().__init__()
+        self.l, self.compute = nn.Linear(48, 48), compute
+        with torch.no_grad():
+            self.l.weight.mul_(torch.linspace(0.05, 3, 48)[:, None])
+
+    def forward(self, x):
+        return self.compute(self.l.weight, x)
+
+
+COMPUTED = {
+    "product": lambda weight, x: x @ weight,
+    "product from the left": lambda weight, x: (weight @ x.T).T,
+    "product of one row each": lambda weight, x: (x.unsqueeze(1) @ weight).squeeze(1),
+    "sum": lambda weight, x: weight.sum(0) + x,
+    "linear": lambda weight, x: nn.functional.linear(x, weight),
+}
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_weight_that_is_read_as_a_value_is_what_torch_reads(name, group_size, backend, tmp_path):
+    """With a scale for each of the inputs that are summed, OpenVINO's own product is wrong."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 48)
+    net = prepared(
+        ReadAsValue(COMPUTED[name]), x, (2, 4, 8), activations=None, group_size=group_size
+    )
+    one = Packed(net, x, tmp_path)
+    with plyweight.open(one.path, backend=backend, threads=1) as engine:
+        for bit_width in engine.bit_widths:
+            engine.set_bit_width(bit_width)
+            expected = one.expected(bit_width, x)
+            for rows in (1, 2, 8):
+                (found,) = engine.run({engine.inputs[0].name: x[:rows].numpy()}).values()
+                assert np.abs(found - expected[:rows]).max() < NEAR * expected.std()
+
+
+class Tied(nn.Module):
+    """Several layers that share a weight, each with a bias of its own."""
+
+    def __init__(self, count) -> None:
+        super().__init__()
+        self.all = nn.ModuleList([nn.Linear(512, 512) for _ in range(count)])
+        for layer in self.all:
+            layer.weight = self.all[0].weight
+
+    def forward(self, x):
+        for layer in self.all:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("group_size", [None, 16, 20])  # as nibbles, and as floats
+def test_modules_that_share_a_weight_share_its_bytes(group_size, tmp_path):
+    torch.manual_seed(0)
+    x, sizes = torch.randn(4, 512), []
+    for count in (1, 6):
+        net = prepared(Tied(count), x, (2, 4, 8), activations=None, group_size=group_size)
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        one = Packed(net, x, folder)
+        with plyweight.open(one.path, threads=1) as engine:
+            sizes.append(engine.report().warm[0].num_bytes)
+            (found,) = engine.run({engine.inputs[0].name: x.numpy()}).values()
+            expected = one.expected(8, x)
+            assert np.abs(found - expected).max() < NEAR * expected.std()
+    assert sizes[1] < 1.2 * sizes[0]
+
+
 @pytest.mark.parametrize(("group_size", "version"), [(None, 1), (96, 1), (16, 2)])
 def test_only_a_graph_with_groups_is_of_version_2(group_size, version, tmp_path):
     one = packed("mixed", tmp_path, group_size=group_size)
