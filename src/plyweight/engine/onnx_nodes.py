@@ -298,7 +298,7 @@ def _texts(message: memoryview, wanted: int) -> Iterator[str]:
 
 
 def _domain(opset: memoryview) -> str:
-    return [*_texts(opset, OPSET_DOMAIN), ""][0]
+    return ["", *_texts(opset, OPSET_DOMAIN)][-1]
 
 
 def _node_parts(node: Node) -> list[Part]:
