@@ -2,11 +2,13 @@
 
     python benchmarks/kernels.py                                everything, half an hour
     python benchmarks/kernels.py --shape 4096x4096 --threads 2  a piece, which joins the others
+    python benchmarks/kernels.py --tables                       the tables, from the JSON
     python benchmarks/kernels.py --quick --out FOLDER           whether it runs at all
 
 A piece is a shape and a number of threads; it replaces itself in benchmarks/results/kernels.json,
-and the table is made anew from all pieces. In a round each variant has a turn: a pause, in which
-threads of the variant before stop to spin; two requests that are not timed; three that are.
+and the tables are made anew from all pieces, README's too. In a round each variant has a turn: a
+pause, in which threads of the variant before stop to spin; two requests that are not timed; three
+that are.
 
 One matrix holds the planes of all eight bit-widths, as a loaded model does, for each granularity:
 by output channel, and groups of 128 and 32. Bandwidth is that of reading as many bytes as the
@@ -34,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 from kernels_others import Product, onnxruntime_nbits, torch_dense, torch_int4, torch_int8
-from kernels_tables import as_markdown
+from kernels_tables import as_markdown, short
 
 from plyweight import native
 from plyweight.artifact import publish_atomically
@@ -42,6 +44,7 @@ from plyweight.kernels import MODES, PlaneMatrix, pick
 from plyweight.kernels.reference import error_bound, float_product, int8_product
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
 SHAPES = ("4096x4096", "11008x4096", "1024x1024", "512x2048", "32768x8192")
 BATCHES, BIT_WIDTHS, GROUPS = (1, 4, 16, 64), range(1, 9), (None, 128, 32)
 TIMED, PAUSE_S = 3, 0.002
@@ -58,12 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="for each shape, threads and m")
     parser.add_argument("--kernel", default="auto", help="of ours")
     parser.add_argument("--quick", action="store_true", help="a small shape and a round")
+    parser.add_argument("--tables", action="store_true", help="measure nothing, only write tables")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
     if options.quick:
         options.shape, options.seconds, options.batch = ["512x2048"], 0.0, [1, 16]
     path = options.out / "kernels.json"
     found = json.loads(path.read_text()) if path.exists() else {"pieces": {}}
+    if options.tables:
+        write(found, options.out)
+        return
     for shape in options.shape:
         for threads in options.threads:
             piece = measured(shape, threads, options)
@@ -241,11 +248,28 @@ def processor() -> str:
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """All pieces as JSON, and the tables that follow from them."""
+    """All pieces as JSON, and the tables that follow from them; README's where they are ours."""
     folder.mkdir(parents=True, exist_ok=True)
-    for ending, text in (("json", json.dumps(found, indent=1) + "\n"), ("md", as_markdown(found))):
-        with publish_atomically(folder / f"kernels.{ending}") as file:
+    texts: dict[Path, str] = {
+        folder / "kernels.json": json.dumps(found, indent=1) + "\n",
+        folder / "kernels.md": as_markdown(found),
+    }
+    if folder == RESULTS:
+        texts[README] = with_table(README.read_text(), short(found))
+    for path, text in texts.items():
+        with publish_atomically(path) as file:
             file.write(text.encode())
+
+
+def with_table(page: str, lines: list[str]) -> str:
+    """``page`` with the table in ``lines`` where it has one with the same head."""
+    table = [line for line in lines if line.startswith("|")]
+    before, head, rest = page.partition(table[0] + "\n")
+    if not head:
+        raise SystemExit(f"README has no table that begins with {table[0]!r}")
+    rows = rest.splitlines(keepends=True)
+    num_rows = next(i for i, row in enumerate(rows) if not row.startswith("|"))
+    return before + "\n".join(table) + "\n" + "".join(rows[num_rows:])
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from typing import Any
 
-__all__ = ["as_markdown", "summary"]
+__all__ = ["as_markdown", "short"]
 
 WIDTHS = range(1, 9)
 GROUPS = ("-", "128", "32")
+MODES = ("int8", "float")
 OTHER_WIDTHS = (2, 4, 8)  # that MatMulNBits has
+OUT_OF_CACHE = "32768x8192"  # 268 MB at 8 bits
 
 
 def as_markdown(found: dict[str, Any]) -> str:
@@ -14,17 +16,22 @@ def as_markdown(found: dict[str, Any]) -> str:
     lines = [
         "# Products with bit planes",
         "",
-        "Milliseconds of the fastest request: others use the cores too, and a median says more",
-        "about who was interrupted (torch with its threads most of all; medians are in the JSON).",
-        "`x`: how many times as fast, above 1 is faster. `g128`, `g32`: groups of inputs that",
-        "share a scale; `g-`: one scale for each output channel. `int8`: activations are rounded",
-        "to 8 bits, as ONNX Runtime does at accuracy level 4; `float`: they are not. All widths of",
-        "a granularity come from the same planes. `bandwidth`: of reading as many bytes.",
+        "Milliseconds: the median request, and in parentheses the fastest, for others use the",
+        "cores too. Ratios are of medians. `x`: how many times as fast, above 1 is faster. `g128`,",
+        "`g32`: groups of inputs that share a scale; `g-`: one scale for each output channel.",
+        "`int8`: activations are rounded to 8 bits, as ONNX Runtime does at accuracy level 4;",
+        "`float`: they are not. All widths of a granularity come from the same planes.",
+        "`bandwidth`: of reading as many bytes, at best.",
+        "",
+        "`python benchmarks/kernels.py --tables` makes this page anew from `kernels.json`, and the",
+        "table of README with it; nothing is measured.",
     ]
     pieces = found["pieces"]
     if any("plyweight int8 4 g128" in first_of(piece) for piece in pieces.values()):
         lines += ["", "## In short", "", *short(found)]
         lines += ["", "## One row, beside ONNX Runtime", "", *summary(found)]
+    if first_of(pieces.get(f"{OUT_OF_CACHE} 2", EMPTY)):
+        lines += ["", "## Time for each bit, out of cache", "", *per_bit_table(found)]
     if "instructions" in found:
         lines += ["", "## Instructions", "", *instructions_table(found["instructions"])]
     if "model" in found:
@@ -38,6 +45,9 @@ def as_markdown(found: dict[str, Any]) -> str:
         command = f"kernels.py --shape {shape} --threads {threads} --seconds {seconds:g}"
         lines += ["", f"{run_as(command, piece['conditions'])} · kernel {piece['kernel']}"]
     return "\n".join(lines) + "\n"
+
+
+EMPTY: dict[str, Any] = {"batches": {}}  # a piece that was not measured
 
 
 def run_as(command: str, conditions: dict[str, Any]) -> str:
@@ -90,20 +100,26 @@ def model_table(model: dict[str, Any]) -> list[str]:
 
 
 def first_of(piece: dict[str, Any]) -> dict[str, float]:
-    """The seconds of the first number of rows."""
-    return seconds_of(piece, next(iter(piece["batches"])))
+    """The seconds of the first number of rows; none of an empty piece."""
+    return seconds_of(piece, next(iter(piece["batches"]), ""))
 
 
 def seconds_of(piece: dict[str, Any], m: str) -> dict[str, float]:
-    """Of the fastest request of every variant; none where that number of rows was not measured."""
+    """Of the median request of every variant; none where that number of rows was not measured."""
     batch = piece["batches"].get(m, {"seconds": {}})
-    return {name: smallest for name, (_, smallest, _) in batch["seconds"].items()}
+    return {name: median for name, (median, _, _) in batch["seconds"].items()}
+
+
+def milliseconds(piece: dict[str, Any], m: str, name: str, form: str = ".3f") -> str:
+    """The median of a variant, and its fastest in parentheses."""
+    median, fastest, _ = piece["batches"][m]["seconds"][name]
+    return f"{median * 1e3:{form}} ({fastest * 1e3:{form}})"
 
 
 def short(found: dict[str, Any]) -> list[str]:
     """What the README shows: m = 1, groups of 128, int8, the most threads that were measured."""
     lines = [
-        "One row, groups of 128, milliseconds.",
+        "One row, groups of 128, mode int8, milliseconds: the median and (the fastest).",
         "",
         "| weight | threads | one copy of planes, 2 / 3 / 4 / 6 / 8 bits "
         "| ONNX Runtime, 2 / 4 / 8 bits | torch, int4 / int8 | torch, bfloat16 / float32 |",
@@ -120,7 +136,9 @@ def short(found: dict[str, Any]) -> list[str]:
             ["torch int4 g128", "torch int8"],
             ["torch bfloat16", "torch float32"],
         ]
-        texts = [" / ".join(f"{seconds[n] * 1e3:.3g}" for n in names) for names in cells]
+        texts = [
+            " / ".join(milliseconds(piece, "1", name, ".3g") for name in names) for names in cells
+        ]
         lines.append(f"| {shape.replace('x', ' x ')} | {threads} | {' | '.join(texts)} |")
     return lines
 
@@ -142,43 +160,77 @@ def summary(found: dict[str, Any]) -> list[str]:
             for group in ("128", "32"):
                 own = seconds[f"plyweight int8 {bits} g{group}"]
                 other = seconds[f"ONNX Runtime {bits} g{group}"]
-                cells += [f"{own * 1e3:.3f}", f"{other / own:.2f} x"]
+                cells.append(milliseconds(piece, "1", f"plyweight int8 {bits} g{group}"))
+                cells.append(f"{other / own:.2f} x")
             own = seconds[f"plyweight int8 {bits} g128"]
             cells.append(f"{seconds['torch float32'] / own:.1f} x")
             lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        "4-6 µs of every call of ONNX Runtime are `session.run` itself (an empty session), which "
+        "decides about the small weights. Below 1 ours is slower."
+    )
+    return [*lines, "", note]
+
+
+def per_bit_table(found: dict[str, Any]) -> list[str]:
+    """Whether fewer bits take less time where planes come from memory."""
+    piece = found["pieces"][f"{OUT_OF_CACHE} 2"]
+    seconds = first_of(piece)
+    heads = [
+        (mode, group)
+        for mode in MODES
+        for group in GROUPS
+        if f"plyweight {mode} 8 g{group}" in seconds
+    ]
+    lines = [
+        f"{OUT_OF_CACHE}, 2 threads, m = {next(iter(piece['batches']))}: the time of b bits as a",
+        "multiple of b eighths of that of 8 bits. 1: time falls with the bits; above 1 it falls",
+        "less, and `8 / b` would be that it does not fall at all.",
+        "",
+        f"| bits | {' | '.join(f'{mode} g{group}' for mode, group in heads)} |",
+        "|---" * (len(heads) + 1) + "|",
+    ]
+    for bits in WIDTHS:
+        cells = []
+        for mode, group in heads:
+            of_eight = seconds[f"plyweight {mode} 8 g{group}"]
+            cells.append(seconds[f"plyweight {mode} {bits} g{group}"] / (of_eight * bits / 8))
+        lines.append(f"| {bits} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
     return lines
 
 
 def batch_table(piece: dict[str, Any], m: str) -> list[str]:
-    """Of one number of rows: our bit-widths, then everybody else."""
+    """Of one number of rows: our bit-widths, then everybody else.
+
+    The slowest granularity of each mode is set beside the faster of torch's two dense products.
+    """
     seconds = seconds_of(piece, m)
     dense = min(seconds["torch float32"], seconds["torch bfloat16"])
     lines = []
     if "plyweight int8 1 g-" in seconds:
-        heads = [f"{mode} g{group}" for mode in ("int8", "float") for group in GROUPS]
+        heads = [f"{mode} g{group}" for mode in MODES for group in GROUPS]
         lines += [
-            f"| bits | {' | '.join(heads)} | GB/s, int8 g128 | of bandwidth | slowest to the best "
-            "dense |",
-            "|---" * (len(heads) + 4) + "|",
+            f"| bits | {' | '.join(heads)} | GB/s, int8 g128 | of bandwidth | slowest int8 to the "
+            "faster dense | slowest float to the faster dense |",
+            "|---" * (len(heads) + 5) + "|",
         ]
         for bits in WIDTHS:
-            own = {
-                head: seconds[f"plyweight {head.split()[0]} {bits} {head.split()[1]}"]
-                for head in heads
+            names = {
+                head: f"plyweight {head.split()[0]} {bits} {head.split()[1]}" for head in heads
             }
-            read = piece["weight_bytes"][f"plyweight int8 {bits} g128"] / own["int8 g128"]
-            cells = [f"{own[head] * 1e3:.3f}" for head in heads]
-            cells += [
-                f"{read / 1e9:.1f}",
-                f"{read / piece['bandwidth'][str(bits)]:.0%}",
-                f"{dense / max(own[f'int8 g{group}'] for group in GROUPS):.2f} x",
-            ]
+            read = piece["weight_bytes"][names["int8 g128"]] / seconds[names["int8 g128"]]
+            cells = [milliseconds(piece, m, names[head]) for head in heads]
+            cells += [f"{read / 1e9:.1f}", f"{read / piece['bandwidth'][str(bits)]:.0%}"]
+            for mode in MODES:
+                slowest = max(seconds[names[f"{mode} g{group}"]] for group in GROUPS)
+                cells.append(f"{dense / slowest:.2f} x")
             lines.append(f"| {bits} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["| other | ms | GB/s | to torch float32 |", "|---" * 4 + "|"]
-    for name, smallest in seconds.items():
+    for name, median in seconds.items():
         if not name.startswith("plyweight"):
-            read = piece["weight_bytes"][name] / smallest / 1e9
-            speed = seconds["torch float32"] / smallest
-            lines.append(f"| {name} | {smallest * 1e3:.3f} | {read:.1f} | {speed:.2f} x |")
+            read = piece["weight_bytes"][name] / median / 1e9
+            speed = seconds["torch float32"] / median
+            time = milliseconds(piece, m, name)
+            lines.append(f"| {name} | {time} | {read:.1f} | {speed:.2f} x |")
     return lines

@@ -153,10 +153,47 @@ def test_the_engines_accuracies_in_the_readme_are_those_that_were_measured():
     assert all(line in readme for line in lines)
 
 
-def test_the_speeds_of_kernels_in_the_readme_are_those_that_were_measured():
-    page = (ROOT / "benchmarks" / "results" / "kernels.md").read_text()
-    table = page.partition("## In short")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| \d+ x \d+ \|.*\|$", table, re.MULTILINE)
-    assert len(rows) >= 3
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"{row}\n" in readme for row in rows)
+def test_the_speeds_of_kernels_are_medians_and_the_tables_those_of_the_json(monkeypatch):
+    results = ROOT / "benchmarks" / "results"
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from kernels_tables import as_markdown, short
+
+    found = json.loads((results / "kernels.json").read_text())
+    page = (results / "kernels.md").read_text()
+    assert page == as_markdown(found)  # python benchmarks/kernels.py --tables
+    table = [line for line in short(found) if line.startswith("|")]
+    assert len(table) >= 5
+    assert "\n\n" + "\n".join(table) + "\n\n" in (ROOT / "README.md").read_text()
+    median, fastest, _ = found["pieces"]["4096x4096 2"]["batches"]["1"]["seconds"][
+        "ONNX Runtime 4 g128"
+    ]
+    assert median > fastest
+    assert f" / {median * 1e3:.3g} ({fastest * 1e3:.3g}) / " in table[2]
+
+
+def test_ratios_of_kernels_are_of_medians(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from kernels_tables import as_markdown
+
+    seconds = {"torch float32": [8e-3, 1e-3, 9e-3], "torch bfloat16": [6e-3, 5e-3, 9e-3]}
+    for group in ("-", "128", "32"):
+        for bits in range(1, 9):
+            seconds[f"plyweight int8 {bits} g{group}"] = [bits * 1e-3, 1e-4, 1.0]
+            seconds[f"plyweight float {bits} g{group}"] = [4e-3, 1e-4, 1.0]
+        for bits in (2, 4, 8):
+            seconds[f"ONNX Runtime {bits} g{group}"] = [3e-3, 1e-4, 1.0]
+    seconds |= {name: [1e-3, 1e-4, 1.0] for name in ("torch int4 g128", "torch int8")}
+    piece = {
+        "kernel": "avx512",
+        "batches": {"1": {"rounds": 40, "seconds": seconds}},
+        "weight_bytes": dict.fromkeys(seconds, 10**6),
+        "bandwidth": {str(bits): 1e10 for bits in range(1, 9)},
+        "conditions": {"seconds": 1.0, "machine": "a", "versions": {}, "date": "b"},
+    }
+    page = as_markdown({"pieces": {"32768x8192 2": piece}})
+    assert (
+        "| 32768x8192 | 2 | 2 | 2.000 (0.100) | 1.50 x | 2.000 (0.100) | 1.50 x | 4.0 x |" in page
+    )
+    assert "| 2 | 1.00 | 1.00 | 1.00 | 4.00 | 4.00 | 4.00 |" in page  # no shorter with fewer bits
+    assert "| 0.5 | 5% | 3.00 x | 1.50 x |" in page  # beside bfloat16, both modes
+    assert "4-6 µs of every call of ONNX Runtime" in page
