@@ -105,7 +105,7 @@ _HOMES = {
     "recalibrate": "plyweight.train.batch_norm",
     "report": "plyweight.nn.report",
     "set_bit_width": "plyweight.nn.bit_width",
-    "set_kernel": "plyweight.nn.kernel_weight",
+    "set_kernel": "plyweight.nn.choosing",
     "start_upgrade": "plyweight.loading.verbs",
     "upgrade": "plyweight.loading.verbs",
     "verify": "plyweight.artifact.reader",
@@ -144,7 +144,7 @@ if TYPE_CHECKING:
     from plyweight.inspecting import inspect
     from plyweight.loading.verbs import downgrade, load, start_upgrade, upgrade
     from plyweight.nn.bit_width import at_bit_width, bit_widths_of, lease, set_bit_width
-    from plyweight.nn.kernel_weight import set_kernel
+    from plyweight.nn.choosing import set_kernel
     from plyweight.nn.report import Report, report
     from plyweight.nn.swap import prepare
     from plyweight.packing.fitting import fit_edges

@@ -2,10 +2,12 @@
 
 The planes are resident once, in the kernel's layout. Whoever asks for the weight itself (a tied
 embedding, an export) gets the same values as ever, decoded from there; and what leaves the process
-or the module, a state dict, a copy, a pickle, is in the layout of the wire, so that a model which
-is saved with one kernel is loaded with another.
+or the module, a state dict, a copy, a pickle, is in the layout of the wire. A state dict says
+nothing about kernels, so it is loaded with any. A copy or a pickle asks anew for the kernel that
+was asked for: "auto" finds the best where it arrives, and a demand that cannot be met is an error.
 
-    :func:`plyweight.set_kernel` chooses; ``print(model)`` shows what was chosen, and why.
+    :func:`plyweight.set_kernel` chooses (:mod:`plyweight.nn.choosing`); ``print(model)`` shows
+    what was chosen, and why.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,16 +18,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from plyweight.codec import spread
-from plyweight.errors import KernelError, LayeringError, listed
+from plyweight.errors import KernelError, listed
 from plyweight.kernels import MAX_GROUP_INPUTS, MODES, Kernel, Mode, PlaneMatrix, pick
 from plyweight.nn import products
-from plyweight.nn.lease import change, leased_parts
-from plyweight.nn.packed import PackedLinear, PackedWeight
+from plyweight.nn.packed import PackedWeight
 
-__all__ = ["KernelWeight", "choose", "require_kernel", "set_kernel"]
+__all__ = ["KernelWeight", "choose", "chosen", "require_kernel"]
 
 REFERENCE, TRITON = "reference", "triton"
 TILE_ROWS = 32  # that the native library decodes at a time
@@ -50,6 +51,26 @@ class _ReadyPlanes:
     adders: list[Callable[[], None]]
 
 
+@dataclass(frozen=True)
+class _KeptScale:
+    """What a kernel was given as the scale at an own bit-width, and what it was made of."""
+
+    own: int
+    scale: Tensor
+    gain: Tensor | None
+    versions: tuple[int, int]
+    given: Any
+
+    def is_of(self, own: int, scale: Tensor, gain: Tensor | None) -> bool:
+        """Whether it is the same still; tensors may have been exchanged, or written to."""
+        return (
+            self.own == own
+            and self.scale is scale
+            and self.gain is gain
+            and self.versions == (_version(scale), _version(gain))
+        )
+
+
 class KernelWeight(PackedWeight):
     """A weight ``(out, in)`` whose planes are in the layout of ``kernel``.
 
@@ -63,7 +84,7 @@ class KernelWeight(PackedWeight):
     _asked: str
     _matrix: PlaneMatrix
     _num_planes: list[int]
-    _scale: tuple[int, Any] | None
+    _scale: "_KeptScale | None"
     _number: int
 
     @classmethod
@@ -114,14 +135,37 @@ class KernelWeight(PackedWeight):
         return products.values(self.scale, self.row, self._like, self._number)
 
     def times(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        """``inputs @ weight.T + bias``, ``(..., in)`` to ``(..., out)``."""
-        y = products.product(inputs, self.scale, self.row, self._number)
-        return y if bias is None else y + bias
+        """``inputs @ weight.T + bias``, ``(..., in)`` to ``(..., out)``.
 
-    def product_of(self, x: Tensor) -> Tensor:
-        """What the operator computes: the kernel's product, rounded to the dtype of ``x``."""
+        Under ``torch.autocast`` the result has the dtype that the reference would have.
+
+        Raises:
+            KernelError: If inputs are not of the model's dtype, or do not fit the weight.
+        """
+        device = inputs.device.type
+        if torch.is_autocast_enabled(device):
+            if inputs.is_floating_point() and inputs.dtype != torch.float64:  # as torch does
+                inputs = inputs.to(torch.get_autocast_dtype(device))
+        elif inputs.dtype != self._like.dtype:
+            raise KernelError(
+                f"activations are {inputs.dtype}; a weight {tuple(self.shape)} of this model takes "
+                f"floats (..., {self.shape[1]}) of {self._like.dtype}. Convert them, or the model "
+                "with model.to(dtype)."
+            )
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            # A bias may be trained; the operator has no gradients.
+            y = products.product(inputs, self.scale, self.row, None, self._number)
+            return (y + bias).to(y.dtype)
+        return products.product(inputs, self.scale, self.row, bias, self._number)
+
+    def product_of(self, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """What the operator computes: the kernel's product plus ``bias``, rounded to x's dtype.
+
+        Once; only ``triton`` rounds its product before the bias is added.
+        """
         if self._is_faster_decoded(x):
-            return F.linear(x.detach(), self.values_of())
+            weight = self.values_of(scale)
+            return F.linear(x.detach(), weight, None if bias is None else bias.to(x.dtype))
         # A small product takes 8 µs and every call into torch half of one, so none is made that
         # would do nothing.
         rows = x.detach() if x.dim() == 2 else x.detach().reshape(-1, self.shape[1])
@@ -133,12 +177,14 @@ class KernelWeight(PackedWeight):
         y = _taken(
             self._matrix.product(
                 _given(rows),
-                self._given_scale(own),
+                self._given_scale(own, scale),
                 own,
                 mode=self.mode,
                 num_threads=torch.get_num_threads(),
             )
         )
+        if bias is not None:
+            y += bias
         if y.dtype != x.dtype:
             y = y.to(x.dtype)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.shape[0])
@@ -149,10 +195,10 @@ class KernelWeight(PackedWeight):
             return False
         return x.numel() >= most * self.shape[1]
 
-    def values_of(self) -> Tensor:
-        """What the operator computes: the weight, decoded."""
+    def values_of(self, scale: Tensor) -> Tensor:
+        """What the operator computes: the weight with that scale, decoded."""
         own = self._own(self.bit_width)
-        scale = self.scale_at(own)
+        scale = self.scale_at(own, scale)
         if self.kernel.name == TRITON:
             levels = _taken(self._matrix.levels(own)).float()
             factors: Tensor = spread(scale, self.shape, self.group_size)
@@ -167,30 +213,30 @@ class KernelWeight(PackedWeight):
         """The values of rows ``ids`` of the weight, ``(..., in)``: few others are decoded."""
         return products.rows(ids, self.scale, self.row, self._like, self._number)
 
-    def rows_of_values(self, ids: Tensor) -> Tensor:
+    def rows_of_values(self, ids: Tensor, scale: Tensor) -> Tensor:
         """What the operator computes: rows of the weight, each that is asked for decoded once."""
         unique, places = torch.unique(ids, return_inverse=True)
         # A row is decoded with its tile.
         if self.kernel.name == TRITON or len(unique) * TILE_ROWS >= self.shape[0]:
-            return F.embedding(ids, self.values_of())
+            return F.embedding(ids, self.values_of(scale))
         own = self._own(self.bit_width)
-        factors = self.scale_at(own).index_select(0, unique)  # refuses what is out of range
+        factors = self.scale_at(own, scale).index_select(0, unique)  # refuses what is out of range
         rows = [self._matrix.levels(own, i, i + 1) for i in unique.tolist()]
         levels = torch.from_numpy(np.concatenate([np.empty((0, self.shape[1]), np.int8), *rows]))
         values = levels.float() * spread(factors, tuple(levels.shape), self.group_size)
         return F.embedding(places, values.to(self._like.dtype))
 
-    def _given_scale(self, own: int) -> Any:
-        """The scale at own bit-width ``own`` as the kernel takes it.
+    def _given_scale(self, own: int, scale: Tensor) -> Any:
+        """``scale`` with its gain at own bit-width ``own`` as the kernel takes it.
 
-        Kept until the next switch: with groups, multiplying by a gain takes as long as a fifth of
-        a product.
+        Kept: with groups, multiplying by a gain takes as long as a fifth of a product.
         """
-        kept = self._scale
-        if kept is None or kept[0] != own:
-            kept = own, _given(self.scale_at(own).contiguous())
-            self._scale = kept
-        return kept[1]
+        kept, gain = self._scale, self._buffers.get(f"gain_{own}")
+        if kept is None or not kept.is_of(own, scale, gain):
+            versions = _version(scale), _version(gain)
+            given = _given(self.scale_at(own, scale).contiguous())
+            kept = self._scale = _KeptScale(own, scale, gain, versions, given)
+        return kept.given
 
     def planes_of(self, layer: int) -> Tensor | None:
         """What :meth:`hold` was given for a layer that is held, as it is on the wire."""
@@ -215,18 +261,15 @@ class KernelWeight(PackedWeight):
         else:  # the kernel is another one by now
             _add(self._matrix, planes)
         self._num_planes[layer:] = [0 if planes is None else len(planes)]
-        self._scale = None
 
     def _release_planes(self, layer: int) -> None:
         for _ in range(self._num_planes[layer]):
             self._matrix.drop_plane()
         del self._num_planes[layer:]
-        self._scale = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         device = fn(self._like).device
         if device.type == self.kernel.device:
-            self._scale = None
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         asked, mode = self._asked, self.mode
         pick(asked, device=device.type)  # raises before anything is moved
@@ -253,15 +296,16 @@ class KernelWeight(PackedWeight):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__ | {"_buffers": dict(self._buffers)}
-        for name in ("kernel", "_matrix", "_scale", "_number"):
+        for name in ("kernel", "_matrix", "_num_planes", "_scale", "_number"):
             del state[name]
         for layer in range(self.num_held):
             state["_buffers"][f"planes_{layer}"] = self.planes_of(layer)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        asked, mode = state.pop("_asked"), state.pop("mode")  # a plain weight has neither
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        asked, mode = self._asked, self.mode
         _become_plain(self)
         choose(self, asked, mode)
 
@@ -275,6 +319,11 @@ def _add(matrix: PlaneMatrix, planes: Tensor | None) -> None:
         matrix.add_plane(_given(row))
 
 
+def _version(tensor: Tensor | None) -> int:
+    """Grows with every write in place; torch counts none of inference tensors."""
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
 def _given(tensor: Tensor) -> Any:
     """``tensor`` as a kernel takes it: an array on the CPU, itself on a device."""
     return tensor.numpy() if tensor.is_cpu else tensor
@@ -285,53 +334,16 @@ def _taken(array: Any) -> Tensor:
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
 
-def set_kernel(model: nn.Module, kernel: str = "auto", *, mode: Mode = "float") -> None:
-    """Let the linear modules of a loaded ``model`` multiply with ``kernel`` from now on.
-
-    The planes move into the kernel's layout, weight by weight; they are not kept twice. Calls of
-    other threads that are under way end as they began, and this waits for them.
-
-    Convolutions and embeddings keep decoding their weights. A weight that an embedding shares with
-    a linear module is decoded for it to the same values, from the kernel's layout.
-
-    Args:
-        model: from :func:`plyweight.load`, in packed form.
-        kernel: "reference" decodes the weight and multiplies with torch: what was trained, bit
-            for bit. "auto" is the best kernel that is built and runs on the model's device.
-            "avx512", "avx2", "neon", "portable" and "triton" are demands.
-        mode: "float": nothing is rounded but sums, which are made in another order than torch's.
-            "int8": every row of activations (or row and group, where scales have groups) is
-            rounded to 8 bits on the way, and sums are integers: faster, and a choice about
-            accuracy that is the caller's to make.
-
-    Raises:
-        KernelError: If the kernel is not here, or cannot compute that; the model stays as it was.
-        LayeringError: If no linear module of the model is packed, or this thread holds a lease.
-    """
-    weights = _weights_of(model)
-    if not weights:
-        raise LayeringError(
-            f"this {type(model).__name__} has no packed linear module; set_kernel takes a model "
-            "from plyweight.load(file, model) in packed form."
-        )
-    for weight in weights:
-        require_kernel(weight, kernel, mode)  # before anybody waits
-    parts = leased_parts(model)
-    for part in parts:
-        inside = _weights_of(part)
-        change(part, lambda inside=inside: _choose_all(inside, kernel, mode))  # type: ignore[misc]
-    leased = {id(weight) for part in parts for weight in _weights_of(part)}
-    _choose_all([weight for weight in weights if id(weight) not in leased], kernel, mode)
-
-
 def require_kernel(weight: PackedWeight, kernel: str, mode: Mode) -> None:
     """Raise KernelError if ``kernel`` cannot compute with ``weight`` in ``mode``."""
+    assert len(weight.shape) == 2
     if mode not in MODES:
         raise KernelError(f"the mode is {mode!r}; give one of {listed(MODES)}.")
     if (kernel, mode) != (REFERENCE, "float"):
         picked = pick(kernel, device=weight.scale.device.type)
         if picked.name == TRITON and mode != "float":
             raise KernelError(f"the kernel 'triton' has the mode 'float' only, not {mode!r}.")
+        picked.matrix(weight.shape, group_size=weight.group_size)  # an empty one; or refuses
     per_scale = min(weight.group_size or weight.shape[1], weight.shape[1])
     if mode == "int8" and per_scale > MAX_GROUP_INPUTS:
         raise KernelError(
@@ -344,9 +356,11 @@ def choose(weight: PackedWeight, kernel: str, mode: Mode) -> None:
     """Let ``kernel`` compute with ``weight``, which may be plain or held by another kernel."""
     reason = _plain_because(weight, kernel, mode)
     if isinstance(weight, KernelWeight):
-        if weight._asked == kernel and reason is None:
-            weight.mode = mode  # the layout is the same
-            return
+        if reason is None:
+            picked = pick(kernel, device=weight.scale.device.type)
+            if picked.name == weight.kernel.name:  # the layout is the same
+                weight.kernel, weight.mode, weight._asked = picked, mode, kernel
+                return
         weight.give_back()
     if reason is None:
         KernelWeight.take(weight, kernel, mode)
@@ -354,18 +368,11 @@ def choose(weight: PackedWeight, kernel: str, mode: Mode) -> None:
         weight.kernel_reason = reason
 
 
-def _choose_all(weights: list[PackedWeight], kernel: str, mode: Mode) -> None:
-    before: list[tuple[str, Mode]] = [
-        (weight._asked, weight.mode) if isinstance(weight, KernelWeight) else (REFERENCE, "float")
-        for weight in weights
-    ]
-    try:
-        for weight in weights:
-            choose(weight, kernel, mode)
-    except BaseException:  # no memory, or interrupted: not some with one and some with another
-        for weight, (asked, earlier) in zip(weights, before, strict=True):
-            choose(weight, asked, earlier)
-        raise
+def chosen(weight: PackedWeight) -> tuple[str, Mode]:
+    """What :func:`choose` was given for ``weight``, or would have to be."""
+    if isinstance(weight, KernelWeight):
+        return weight._asked, weight.mode
+    return REFERENCE, "float"
 
 
 def _plain_because(weight: PackedWeight, kernel: str, mode: Mode) -> str | None:
@@ -376,9 +383,3 @@ def _plain_because(weight: PackedWeight, kernel: str, mode: Mode) -> str | None:
         return ""
     picked = pick(kernel, device=weight.scale.device.type)
     return picked.reason if picked.name == REFERENCE else None
-
-
-def _weights_of(model: nn.Module) -> list[PackedWeight]:
-    """The packed weights that linear modules multiply with, each once."""
-    linear = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    return list({id(module.packed_weight): module.packed_weight for module in linear}.values())

@@ -153,10 +153,11 @@ class PackedWeight(Switchable):
         """``inputs @ weight.T + bias``, ``(..., in)`` to ``(..., out)``."""
         return F.linear(inputs, self(), bias)
 
-    def scale_at(self, own: int) -> Tensor:
-        """The scale at own bit-width ``own``, its gain included, float32."""
+    def scale_at(self, own: int, scale: Tensor | None = None) -> Tensor:
+        """``scale``, or the weight's, at own bit-width ``own``, its gain included, float32."""
         gain = self._buffers.get(f"gain_{own}")
-        return self.scale.float() if gain is None else self.scale.float() * gain.float()
+        scale = (self.scale if scale is None else scale).float()
+        return scale if gain is None else scale * gain.float()
 
     def _planes_held(self, num: int) -> list[Tensor]:
         """The first ``num``, each as it is on the wire."""
