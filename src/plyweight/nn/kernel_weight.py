@@ -148,9 +148,9 @@ class KernelWeight(PackedWeight):
                 inputs = inputs.to(torch.get_autocast_dtype(device))
         elif inputs.dtype != self._like.dtype:
             raise KernelError(
-                f"activations are {inputs.dtype}; a weight {tuple(self.shape)} of this model takes "
-                f"floats (..., {self.shape[1]}) of {self._like.dtype}. Convert them, or the model "
-                "with model.to(dtype)."
+                f"activations are {inputs.dtype}; a weight {tuple(self.shape)} takes floats "
+                f"(..., {self.shape[1]}) of the model's {self._like.dtype}. Convert them, or the "
+                "model with model.to(dtype)."
             )
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
             # A bias may be trained; the operator has no gradients.
