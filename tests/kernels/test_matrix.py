@@ -11,6 +11,7 @@ from kernels.weights import ON_CPU, drawn, levels_of, matrix_of, require
 from plyweight.codec import to_planes
 from plyweight.errors import BitWidthError, KernelError
 from plyweight.kernels import MAX_GROUP_INPUTS, MODES, pick
+from plyweight.kernels.native_matrix import NativeMatrix
 from plyweight.kernels.reference import error_bound, float_product, int8_product
 
 kernels = pytest.mark.parametrize("kernel", ON_CPU)
@@ -226,6 +227,10 @@ x_, codes_, scale_ = drawn(0, 10, 24, m=4, group_size=8)
         ({"mode": "int4"}, "the mode is 'int4'; give one of float, int8"),
         ({"num_threads": 0}, "num_threads is 0"),
         ({"num_threads": 1.0}, "num_threads is 1.0"),
+        ({"num_threads": 2**40}, "num_threads is 1099511627776; give an integer from 1 to"),
+        ({"num_threads": True}, "num_threads is True"),
+        ({"x": [[1.0, 2.0], [3.0]]}, "activations are a list"),
+        ({"x": np.float32(1)}, "activations are a float32"),
     ],
 )
 def test_what_a_product_cannot_take_is_refused(kernel, change, words):
@@ -247,8 +252,12 @@ def test_a_width_of_which_planes_are_missing_is_refused(kernel):
         ):
             with pytest.raises(BitWidthError):
                 compute(wrong)
-    with pytest.raises(KernelError, match="plane 3 was asked for; 3 are held"):
-        matrix.plane(3)
+    for wrong in (3, -1, 1.0, "1", None, True):
+        with pytest.raises(KernelError, match=f"plane {wrong!r} was asked for; 3 are held"):
+            matrix.plane(wrong)
+    for start, stop in ((1.5, 3), (1, 3.0), (-1, 3), (3, 1), ("1", 3), (None, 3), (2**70, 2**70)):
+        with pytest.raises(KernelError, match="there are 10"):
+            matrix.levels(2, start, stop)
     with pytest.raises(KernelError, match="channels 4 to 11 were asked for; there are 10"):
         matrix.levels(2, 4, 11)
 
@@ -284,12 +293,36 @@ def test_planes_that_do_not_fit_are_refused_and_change_nothing(kernel):
         ((4.0, 4), None),
         ((4, 4), 0),
         ((4, 4), "4"),
+        ((4, 4), 2**70),
+        ((4, 4), True),
+        (3, None),
+        ("44", None),
+        (None, None),
+        ((2**31, 1), None),
+        ((1, 2**31 + 1), None),
+        ((2**70, 1), None),
     ],
 )
 def test_matrices_that_cannot_be_are_refused(kernel, shape, group_size):
     require(kernel)
-    with pytest.raises(KernelError):
+    words = "a plane matrix of shape" if group_size is None else "group_size is"
+    with pytest.raises(KernelError, match=words):
         pick(kernel).matrix(shape, group_size=group_size)
+
+
+@kernels
+def test_a_shape_may_be_any_sequence_and_is_a_tuple_then(kernel):
+    require(kernel)
+    matrix = pick(kernel).matrix([3, 3])
+    assert matrix.shape == (3, 3)
+    assert type(matrix.shape) is tuple
+
+
+def test_what_is_no_variant_is_refused():
+    with pytest.raises(KernelError, match="'reference' is no variant of the native library"):
+        NativeMatrix((3, 3), variant="reference")
+    with pytest.raises(KernelError, match="avx1024"):
+        NativeMatrix((3, 3), variant="avx1024")
 
 
 @kernels
@@ -302,3 +335,21 @@ def test_more_inputs_than_an_int32_can_sum_need_groups(kernel):
         matrix.product(x, np.ones(1, np.float32), 1, mode="int8")
     y = matrix.product(x, np.ones(1, np.float32), 1, mode="float")
     assert y.tolist() == [[64.0 * wide]]
+    matrix = matrix_of(kernel, codes, num_planes=1, group_size=MAX_GROUP_INPUTS + 1)
+    with pytest.raises(KernelError, match=f"{MAX_GROUP_INPUTS + 1} inputs share a scale"):
+        matrix.product(x, np.ones((1, 2), np.float32), 1, mode="int8")
+
+
+@kernels
+def test_bits_after_the_last_weight_change_nothing(kernel):
+    require(kernel)
+    x, codes, scale = drawn(6, 3, 7)
+    matrix, dirty = matrix_of(kernel, codes, num_planes=0), to_planes(codes, 8).copy()
+    dirty[:, -1] |= 0b11100000  # 21 weights are 3 bytes but for 3 bits
+    for plane in dirty:
+        matrix.add_plane(plane)
+    for index, plane in enumerate(to_planes(codes, 8)):
+        assert np.array_equal(matrix.plane(index)[:-1], plane[:-1])
+        assert matrix.plane(index)[-1] & 0b11111 == plane[-1]
+    for bit_width in (1, 4, 8):
+        assert_is_the_product(matrix, x, codes, scale, bit_width, "int8", 1)

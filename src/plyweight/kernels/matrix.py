@@ -8,7 +8,7 @@ The border is here: what is wrong raises before a kernel reads a byte of it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -27,6 +27,8 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 # an int32 holds.
 MAX_GROUP_INPUTS = 2**17
 
+MAX_INT = 2**31 - 1  # of sizes and threads: what an int holds everywhere
+
 
 class PlaneMatrix(ABC):
     """A weight ``(out, in)`` of which the first planes are held.
@@ -43,16 +45,17 @@ class PlaneMatrix(ABC):
     kernel: str
 
     def __init__(self, shape: tuple[int, int], *, group_size: int | None = None) -> None:
-        if len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
+        sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+        if len(sizes) != 2 or not all(_is_int(n, 1, MAX_INT) for n in sizes):
             raise KernelError(
                 f"a plane matrix of shape {shape} was asked for; products are computed with "
-                "weights (out, in), both at least 1."
+                f"weights (out, in), both 1 to {MAX_INT}."
             )
-        if group_size is not None and (type(group_size) is not int or group_size < 1):
+        if group_size is not None and not _is_int(group_size, 1, MAX_INT):
             raise KernelError(
-                f"group_size is {group_size!r}; give None or an integer of 1 or more."
+                f"group_size is {group_size!r}; give None or an integer from 1 to {MAX_INT}."
             )
-        self.shape, self.group_size = shape, group_size
+        self.shape, self.group_size = sizes, group_size
 
     @property
     def num_groups(self) -> int:
@@ -73,8 +76,8 @@ class PlaneMatrix(ABC):
         """Take the next plane, in the wire layout; it is copied.
 
         Raises:
-            KernelError: If it is not a contiguous uint8 array of ``plane_bytes(shape)`` bytes, or
-                8 planes are held.
+            KernelError: If it is not a uint8 array of ``plane_bytes(shape)`` bytes, or 8 planes
+                are held.
         """
         plane = self._checked_plane(plane)
         if self.num_planes == MAX_BIT_WIDTH:
@@ -111,13 +114,16 @@ class PlaneMatrix(ABC):
         self._drop_plane()
 
     def plane(self, index: int) -> NDArray[np.uint8]:
-        """Plane number ``index`` in the wire layout, ``(plane_bytes(shape),)``, byte for byte.
+        """Plane number ``index`` in the wire layout, ``(plane_bytes(shape),)``.
+
+        It is what was added, bit for bit; bits after the last weight, which the wire format wants
+        to be 0, may have become 0.
 
         Raises:
             KernelError: If it is not held.
         """
-        if not 0 <= index < self.num_planes:
-            raise KernelError(f"plane {index} was asked for; {self.num_planes} are held.")
+        if not _is_int(index, 0, self.num_planes - 1):
+            raise KernelError(f"plane {index!r} was asked for; {self.num_planes} are held.")
         return self._plane(index)
 
     def levels(self, bit_width: int, start: int = 0, stop: int | None = None) -> NDArray[np.int8]:
@@ -129,9 +135,9 @@ class PlaneMatrix(ABC):
         """
         self._require(bit_width)
         stop = self.shape[0] if stop is None else stop
-        if not 0 <= start <= stop <= self.shape[0]:
+        if not _is_int(stop, 0, self.shape[0]) or not _is_int(start, 0, stop):
             raise KernelError(
-                f"output channels {start} to {stop} were asked for; there are {self.shape[0]}."
+                f"output channels {start!r} to {stop!r} were asked for; there are {self.shape[0]}."
             )
         return self._levels(bit_width, start, stop)
 
@@ -146,7 +152,8 @@ class PlaneMatrix(ABC):
     ) -> NDArray[np.float32]:
         """Activations times the weight at ``bit_width``: ``(m, in)`` to ``(m, out)``.
 
-        The result does not depend on ``num_threads``, nor on the other rows of ``x``.
+        The result does not depend on ``num_threads``, nor, in the mode "int8", on the other rows
+        of ``x``. In "float" a row may be summed in another order where there are other rows.
 
         Args:
             x: float32 ``(m, in)``, C-contiguous.
@@ -163,7 +170,7 @@ class PlaneMatrix(ABC):
         """
         self._require(bit_width)
         out, num_inputs = self.shape
-        if not _is_array(x, np.float32, (*np.shape(x)[:1], num_inputs)):
+        if not _is_array(x, np.float32, (*getattr(x, "shape", ())[:1], num_inputs)):
             raise KernelError(
                 f"activations are {_kind(x)}; a weight {self.shape} takes float32 "
                 f"(m, {num_inputs})."
@@ -179,19 +186,22 @@ class PlaneMatrix(ABC):
                 raise KernelError(f"{name} not C-contiguous and aligned; copy first.")
         if mode not in MODES:
             raise KernelError(f"the mode is {mode!r}; give one of {', '.join(MODES)}.")
-        if mode == "int8" and min(self.group_size or num_inputs, num_inputs) > MAX_GROUP_INPUTS:
+        per_scale = min(self.group_size or num_inputs, num_inputs)
+        if mode == "int8" and per_scale > MAX_GROUP_INPUTS:
             raise KernelError(
-                f"{num_inputs} inputs share a scale; sums of more than {MAX_GROUP_INPUTS} "
+                f"{per_scale} inputs share a scale; sums of more than {MAX_GROUP_INPUTS} "
                 "may not fit an int32. Take groups, or the mode 'float'."
             )
-        if type(num_threads) is not int or num_threads < 1:
-            raise KernelError(f"num_threads is {num_threads!r}; give an integer of 1 or more.")
+        if not _is_int(num_threads, 1, MAX_INT):
+            raise KernelError(
+                f"num_threads is {num_threads!r}; give an integer from 1 to {MAX_INT}."
+            )
         if not len(x):
             return np.empty((0, out), np.float32)
         return self._product(x, scale, bit_width, mode, num_threads)
 
     def _require(self, bit_width: int) -> None:
-        if type(bit_width) is not int or not 1 <= bit_width <= self.num_planes:
+        if not _is_int(bit_width, 1, self.num_planes):
             raise BitWidthError(
                 bit_width,
                 stored=range(1, self.num_planes + 1),
@@ -223,6 +233,10 @@ class PlaneMatrix(ABC):
         mode: Mode,
         num_threads: int,
     ) -> NDArray[np.float32]: ...
+
+
+def _is_int(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def _is_array(array: object, dtype: type[np.generic], shape: tuple[int, ...]) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plyweight import native
+from plyweight.errors import KernelError
 from plyweight.kernels.matrix import Mode, PlaneMatrix
 
 if TYPE_CHECKING:
@@ -33,9 +34,12 @@ class NativeMatrix(PlaneMatrix):
     ) -> None:
         super().__init__(shape, group_size=group_size)
         chosen = native.choose(variant)
-        assert chosen.variant is not None
-        self.kernel, self._variant = variant, chosen.variant
-        self._matrix = native.library().PlaneMatrix(*shape, group_size or 0)
+        if chosen.variant is None:
+            raise KernelError(
+                f"{variant!r} is no variant of the native library, which this matrix needs."
+            )
+        self.kernel, self._variant = chosen.kernel, chosen.variant
+        self._matrix = native.library().PlaneMatrix(*self.shape, group_size or 0)
 
     @property
     def num_planes(self) -> int:

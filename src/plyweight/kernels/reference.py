@@ -19,7 +19,10 @@ In "float" the order of the sum is open, for it decides about the speed. Whateve
     |y - exact| <= error_bound(...)
 
 holds in float32 (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1), also
-where a group's sum is multiplied by its scale at the end instead of every weight by its own.
+where a group's sum is multiplied by its scale at the end instead of every weight by its own: as
+long as activations and scales are finite and no sum of ``x * level`` or ``x * v``, in whatever
+order, grows beyond float32. Beyond that a kernel may answer infinite or NaN where the definition,
+which sums in float64 and multiplies values first, is finite, and the other way round.
 """
 
 from collections.abc import Iterator
@@ -133,7 +136,8 @@ def error_bound(
     and ``in - 1`` times in a sum; its value, or its group's sum, once more in the multiplication
     by the scale; and the definition above rounds its values and its result. With ``u = 2**-24``
     that is at most ``(in + 3) u / (1 - (in + 3) u)`` of the sum of absolute terms. What is too
-    small for a normal float32 is left out of account.
+    small for a normal float32 is left out of account, and it says nothing where a sum of absolute
+    ``x * level`` overflows float32, or an activation or a scale is not finite.
     """
     rounded = (x.shape[1] + 3) * 2.0**-24
     terms = abs(x.astype(np.float64)) @ abs(_values(levels, scale, group_size).astype(np.float64)).T

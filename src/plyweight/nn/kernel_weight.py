@@ -34,8 +34,9 @@ TILE_ROWS = 32  # that the native library decodes at a time
 # From how many rows of activations on it is faster, in the mode "float", to decode the weight and
 # let torch multiply, as the reference does. Elsewhere the kernel is as fast up to 256 rows at least
 # (1024 x 1024, one thread of an EPYC with AVX-512, 256 rows: avx512 takes 2.7 ms in "float" and 1.1
-# in "int8", avx2 5.9 and 3.5, torch 7.2 in float32 and 1.2 in bfloat16, and decoding 0.6). What
-# multiplies bfloat16 in hardware has AVX-512.
+# in "int8", avx2 5.9 and 3.5, torch 7.2 in float32 and 1.2 in bfloat16, and decoding 0.6; measured
+# once by hand, `python benchmarks/kernels_dispatch.py` does it anew). What multiplies bfloat16 in
+# hardware has AVX-512.
 DENSE_ROWS = {
     ("portable", torch.float32): 8,
     ("portable", torch.bfloat16): 8,
