@@ -38,7 +38,7 @@ TILE_ROWS = 32  # that the native library decodes at a time
 # once by hand, `python benchmarks/kernels_dispatch.py` does it anew). What multiplies bfloat16 in
 # hardware has AVX-512.
 DENSE_ROWS = {
-    ("portable", torch.float32): 8,
+    ("portable", torch.float32): 16,
     ("portable", torch.bfloat16): 8,
     ("avx512", torch.bfloat16): 256,
 }
