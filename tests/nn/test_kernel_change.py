@@ -114,8 +114,13 @@ def test_no_memory_for_the_second_weight_leaves_all_with_the_kernel_they_had(
     grouped, kernel, monkeypatch
 ):
     require(kernel)
-    for before in ({}, {"kernel": "reference", "mode": "int8"}):
+    for is_leased, before in (
+        (True, {}),
+        (True, {"kernel": "reference", "mode": "int8"}),
+        (False, {}),
+    ):
         net = loaded(grouped, **before)
+        given = net if is_leased else nn.ModuleList(net.children())
         with torch.no_grad():
             expected = net(IDS)
         take, taken = KernelWeight.take.__func__, []
@@ -129,7 +134,7 @@ def test_no_memory_for_the_second_weight_leaves_all_with_the_kernel_they_had(
         with monkeypatch.context() as patch:
             patch.setattr(KernelWeight, "take", fails)
             with pytest.raises(MemoryError):
-                set_kernel(net, kernel)
+                set_kernel(given, kernel)
         assert taken[:2] == [kernel, kernel]
         names = {packed.kernel_name.split()[0] for packed in weights_of(net).values()}
         assert names == {"reference"}
