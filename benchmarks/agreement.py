@@ -18,7 +18,6 @@ additions and the inputs of poolings: see GRIDS, and plyweight/graph/ranges.py.
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import subprocess
@@ -34,18 +33,19 @@ from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT.parent / "examples"))
+sys.path[:0] = [str(ROOT), str(ROOT.parent / "examples")]
 
 import numpy as np
 import onnx
 import torch
 from cifar10_data import Cifar10
 from cifar10_nets import NETS
+from results_files import write_results
 from safetensors.torch import load_file
 from torch import nn
 
 import plyweight
-from plyweight.artifact import Graph, publish_atomically
+from plyweight.artifact import Graph
 from plyweight.demo import Digits, DigitsNet
 from plyweight.graph import build, ranges
 
@@ -249,11 +249,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]], subject: Subj
         f"onnxruntime {version('onnxruntime')} · {conditions['date']}\n"
     ]
     print("\n".join(lines))
-    content = json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n"
-    options.out.mkdir(parents=True, exist_ok=True)
-    for ending, text in (("md", "\n".join(lines)), ("json", content)):
-        with publish_atomically(options.out / f"agreement-{net}.{ending}") as file:
-            file.write(text.encode())
+    content = {"conditions": conditions, "rows": rows}
+    write_results(options.out, f"agreement-{net}", "\n".join(lines), content)
 
 
 if __name__ == "__main__":

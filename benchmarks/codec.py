@@ -9,7 +9,6 @@ core: time is what the process spent on a CPU, so that what else the machine doe
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -21,9 +20,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from results_files import write_results
 
 from plyweight import native
-from plyweight.artifact import publish_atomically
 from plyweight.codec import codes_at, from_planes, to_planes
 from plyweight.codec.planes import from_planes_reference, to_planes_reference
 
@@ -121,15 +120,12 @@ def write(options: argparse.Namespace, table: str, rows: list[dict]) -> None:
         },
         "date": time.strftime("%Y-%m-%d"),
     }
-    content = json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n"
     page = (
         f"# Codes and planes, in GB/s of codes per core\n\n{table}\n\n"
         f"`{conditions['command']}` · {conditions['machine']} · numpy {version('numpy')} · "
         f"{conditions['date']} · CPU time, median (smallest - largest) of {options.rounds}\n"
     )
-    for ending, text in (("json", content), ("md", page)):
-        with publish_atomically(RESULTS / f"codec.{ending}") as file:
-            file.write(text.encode())
+    write_results(RESULTS, "codec", page, {"conditions": conditions, "rows": rows})
 
 
 def processor() -> str:

@@ -22,7 +22,6 @@ All variants in one run, one after the other in turn, medians.
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import statistics
@@ -43,6 +42,7 @@ sys.path.insert(0, str(ROOT.parent / "examples"))
 import numpy as np
 import torch
 from cifar10_nets import NETS
+from results_files import write_results
 from shaped_link import ShapedLink
 from torch import nn
 
@@ -54,7 +54,6 @@ from plyweight.artifact import (
     LayeredWeight,
     ModelInfo,
     TensorData,
-    publish_atomically,
     write_artifact,
 )
 from plyweight.delivery.cache import Cache
@@ -303,14 +302,11 @@ def write(options: argparse.Namespace, page: str, found: dict[str, list[dict]]) 
         },
         "date": time.strftime("%Y-%m-%d"),
     }
-    content = json.dumps({"conditions": conditions, **found}, indent=1) + "\n"
     text = (
         f"# Delivery\n\n{page}\n\n`{conditions['command']}` · {conditions['machine']} · torch "
         f"{version('torch')} · {conditions['date']} · medians; details in delivery.json\n"
     )
-    for ending, made in (("json", content), ("md", text)):
-        with publish_atomically(RESULTS / f"delivery.{ending}") as file:
-            file.write(made.encode())
+    write_results(RESULTS, "delivery", text, {"conditions": conditions, **found})
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent / "examples"))
 
 import numpy as np
+from results_files import write_results
 
 import plyweight
-from plyweight.artifact import publish_atomically
 
 BIT_WIDTHS, BATCHES, BACKENDS = (2, 3, 4, 6, 8), (1, 8), ("onnxruntime", "openvino")
 SIZES = {"resnet20": 32, "resnet18": 224, "mobilenetv2": 224}
@@ -304,11 +304,8 @@ def write(found: Mapping[str, Any], options: argparse.Namespace) -> None:
     lines += [f"\n`{conditions['command']}` · {conditions['machine']} · {packages_line} · "]
     lines[-1] += f"{conditions['date']}\n"
     print("\n".join(lines))
-    content = json.dumps({"conditions": conditions, "nets": found}, indent=1) + "\n"
-    options.out.mkdir(parents=True, exist_ok=True)
-    for ending, text in (("md", "\n".join(lines)), ("json", content)):
-        with publish_atomically(options.out / f"engine.{ending}") as file:
-            file.write(text.encode())
+    content = {"conditions": conditions, "nets": found}
+    write_results(options.out, "engine", "\n".join(lines), content)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT.parent / "examples"))
 import torch
 import torch.nn.functional as F
 from cifar10_nets import FIRST_AND_LAST, NETS
+from results_files import write_results
 
 import plyweight
-from plyweight.artifact import publish_atomically
 from plyweight.train import parameter_groups
 
 BIT_WIDTHS = (2, 3, 4, 6, 8)
@@ -254,7 +254,6 @@ def write(options: argparse.Namespace, table: str, rows: list[dict]) -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     name = f"training-{options.net}" + ("" if options.device == "cpu" else "-gpu")
-    content = json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n"
     page = (
         f"# A training step: {options.net}, batch {options.batch_size}\n\n{table}\n\n"
         f"`{conditions['command']}` · {conditions['machine']} · torch {version('torch')} · "
@@ -262,9 +261,7 @@ def write(options: argparse.Namespace, table: str, rows: list[dict]) -> None:
         f"{'eager' if options.device == 'cpu' else 'as timed'}; median (smallest - largest) of "
         f"{options.rounds}\n"
     )
-    for ending, text in (("json", content), ("md", page)):
-        with publish_atomically(ROOT / "results" / f"{name}.{ending}") as file:
-            file.write(text.encode())
+    write_results(ROOT / "results", name, page, {"conditions": conditions, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ own quantization is MatMulNBitsQuantizer in groups of 128, exact in its activati
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -31,9 +30,9 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)
 ROOT = Path(__file__).parent
 
 import numpy as np
+from results_files import write_results
 
 import plyweight
-from plyweight.artifact import publish_atomically
 from plyweight.engine import Engine
 
 WIDTH, BATCHES = 2048, (1, 16)
@@ -214,11 +213,8 @@ def write(found: Mapping[int, Any], options: argparse.Namespace) -> None:
     lines += [f"\n`{conditions['command']}` · {conditions['machine']} · {packages_line} · "]
     lines[-1] += f"{conditions['date']}\n"
     print("\n".join(lines))
-    content = json.dumps({"conditions": conditions, "seconds": found}, indent=1) + "\n"
-    options.out.mkdir(parents=True, exist_ok=True)
-    for ending, text in (("md", "\n".join(lines)), ("json", content)):
-        with publish_atomically(options.out / f"weight_only.{ending}") as file:
-            file.write(text.encode())
+    content = {"conditions": conditions, "seconds": found}
+    write_results(options.out, "weight_only", "\n".join(lines), content)
 
 
 if __name__ == "__main__":
