@@ -35,6 +35,7 @@ def assert_the_laws_hold(*arguments, interpreted):
 
 
 @has_triton
+@pytest.mark.slow
 def test_the_laws_hold_in_tritons_interpreter():
     assert_the_laws_hold("-m", "not slow", interpreted=True)
 
