@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from plyweight.errors import KernelError
-from plyweight.kernels import available, pick
+from plyweight.kernels import Kernel, available, pick
 
 ROOT = Path(__file__).parents[2]
 LAWS = Path(__file__).with_name("triton_laws.py")
@@ -102,6 +103,13 @@ def test_on_the_cpu_triton_is_for_tests_and_auto_never_takes_it(monkeypatch):
     assert pick(device="cuda").name == "triton"
     with pytest.raises(KernelError, match="does not run on 'mps'"):
         pick("triton", device="mps")
+
+
+@has_triton
+def test_planes_go_to_the_device_that_is_named_not_to_the_current_one():
+    cuda = Kernel("triton", "cuda", "it was asked for")
+    # "meta" stands for a second GPU: there is none where this runs.
+    assert cuda.matrix((32, 64), device="meta").device == torch.device("meta")
 
 
 def test_kernels_are_imported_without_torch_and_without_triton():

@@ -31,6 +31,7 @@ import plyweight
 from plyweight import native
 from plyweight.artifact import ArtifactReader, MemorySource
 from plyweight.errors import KernelError, LayeringError
+from plyweight.kernels import Kernel
 from plyweight.loading import downgrade, load, upgrade
 from plyweight.loading.held import HeldLayers
 from plyweight.nn import kernel_weight, set_bit_width
@@ -442,6 +443,31 @@ def test_a_device_that_the_kernel_is_not_for_is_refused_before_anything_moves(
         assert_linear_modules_compute_the_product(net, mode)
     set_kernel(net, "reference")
     assert packed.to("meta").planes_of(0).is_meta
+
+
+def test_a_model_that_moves_to_a_device_of_the_same_type_takes_its_planes_along(
+    grouped, monkeypatch
+):
+    require("portable")
+    net = loaded(grouped, kernel="portable")
+    packed = net.second.packed_weight
+    codes = [packed.planes_of(layer).clone() for layer in range(packed.num_held)]
+    asked = []
+    matrix = Kernel.matrix
+
+    def recorded(self, *args, device, **options):
+        asked.append(device)
+        return matrix(self, *args, device=device, **options)
+
+    monkeypatch.setattr(Kernel, "matrix", recorded)
+    packed.to(torch.float64)
+    assert asked == []  # it stays where it is
+    # As on a machine with two GPUs; torch has one device of this type only.
+    packed._like = torch.empty(0, device="meta")
+    packed._apply(lambda tensor: torch.zeros(0) if tensor.is_meta else tensor)
+    assert asked == ["cpu"]
+    for layer, planes in enumerate(codes):
+        assert torch.equal(packed.planes_of(layer), planes)
 
 
 def test_models_without_packed_linear_modules_are_refused(grouped):

@@ -35,14 +35,26 @@ class Kernel:
     device: str
     reason: str
 
-    def matrix(self, shape: tuple[int, int], *, group_size: int | None = None) -> PlaneMatrix:
-        """One of ``shape`` ``(out, in)`` that holds no plane yet."""
+    def matrix(
+        self,
+        shape: tuple[int, int],
+        *,
+        group_size: int | None = None,
+        device: str | None = None,
+    ) -> PlaneMatrix:
+        """One that holds no plane yet.
+
+        Args:
+            shape: of the weight, ``(out, in)``.
+            group_size: inputs that share a scale; None for all.
+            device: of the type that the kernel computes on, "cuda:1"; None for the current one.
+        """
         if self.name == native.REFERENCE:
             return ReferenceMatrix(shape, group_size=group_size)
         if self.name == TRITON:
             from plyweight.kernels.triton_matrix import TritonMatrix  # imports torch and triton
 
-            return TritonMatrix(shape, group_size=group_size, device=self.device)
+            return TritonMatrix(shape, group_size=group_size, device=device or self.device)
         return NativeMatrix(shape, group_size=group_size, variant=self.name)
 
 

@@ -88,8 +88,9 @@ class KernelWeight(PackedWeight):
             KernelError: If there is no such kernel for the device of ``packed``.
         """
         assert len(packed.shape) == 2
-        kernel = pick(asked, device=packed.scale.device.type)
-        matrix = kernel.matrix(packed.shape, group_size=packed.group_size)
+        device = packed.scale.device
+        kernel = pick(asked, device=device.type)
+        matrix = kernel.matrix(packed.shape, group_size=packed.group_size, device=str(device))
         layers = [packed.planes_of(layer) for layer in range(packed.num_held)]
         for planes in layers:
             _add(matrix, planes)
@@ -266,7 +267,7 @@ class KernelWeight(PackedWeight):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         device = fn(self._like).device
-        if device.type == self.kernel.device:
+        if device == self._like.device:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         asked, mode = self._asked, self.mode
         pick(asked, device=device.type)  # raises before anything is moved
@@ -337,10 +338,12 @@ def require_kernel(weight: PackedWeight, kernel: str, mode: Mode) -> None:
     if mode not in MODES:
         raise KernelError(f"the mode is {mode!r}; give one of {listed(MODES)}.")
     if (kernel, mode) != (REFERENCE, "float"):
-        picked = pick(kernel, device=weight.scale.device.type)
+        device = weight.scale.device
+        picked = pick(kernel, device=device.type)
         if picked.name == TRITON and mode != "float":
             raise KernelError(f"the kernel 'triton' has the mode 'float' only, not {mode!r}.")
-        picked.matrix(weight.shape, group_size=weight.group_size)  # an empty one; or refuses
+        # An empty one; or refuses.
+        picked.matrix(weight.shape, group_size=weight.group_size, device=str(device))
     per_scale = min(weight.group_size or weight.shape[1], weight.shape[1])
     if mode == "int8" and per_scale > MAX_GROUP_INPUTS:
         raise KernelError(
