@@ -56,6 +56,17 @@ def test_the_reason_is_named(model, inputs, said, tmp_path):
     assert not (tmp_path / "packed").exists()
 
 
+def test_a_graph_that_no_engine_would_open_is_not_packed(tmp_path, monkeypatch):
+    monkeypatch.setattr("plyweight.engine.onnx_model.MAX_NODES", 9)
+    model = small(*(nn.ReLU() for _ in range(20)))
+    with pytest.raises(
+        LayeringError, match=r"more than an engine reads.*or pack without example_inputs"
+    ):
+        pack(model, tmp_path / "packed", example_inputs=X)
+    assert not (tmp_path / "packed").exists()
+    pack(model, tmp_path / "packed")
+
+
 def test_signed_activations_of_one_bit_have_no_integer_grid(tmp_path):
     model = prepared(nn.Sequential(nn.Linear(6, 6)), X, (1, 8))
     with pytest.raises(LayeringError, match="signed and has 1 bit"):

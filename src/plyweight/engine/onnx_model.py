@@ -24,7 +24,7 @@ from plyweight.engine.protobuf import (
     text_of,
 )
 
-__all__ = ["Declared", "external_initializers", "slot_name"]
+__all__ = ["MAX_FIELDS", "MAX_NODES", "Declared", "external_initializers", "slot_name"]
 
 SLOTS = "slots"  # the "file" that stands for what the engine fills in
 MAX_DEPTH = 16  # of graphs inside nodes

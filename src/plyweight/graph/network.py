@@ -11,7 +11,8 @@ import onnx_ir.passes.common as passes
 from onnxscript.optimizer import fold_constants
 from onnxscript.version_converter import convert_version
 
-from plyweight.errors import LayeringError
+from plyweight.engine.onnx_model import MAX_FIELDS, MAX_NODES, external_initializers
+from plyweight.errors import GraphError, LayeringError
 from plyweight.graph.examples import Batch, dynamic_shapes, input_names, two_or_more
 from plyweight.graph.marks import mark
 from plyweight.graph.scopes import scopes_of
@@ -81,11 +82,24 @@ def plain_slots(model: ir.Model, skeleton: GraphSkeleton) -> dict[str, str]:
 
 
 def finished(model: ir.Model) -> tuple[bytes, tuple[str, ...]]:
-    """A model without marks as bytes, and the names of its slots."""
+    """A model without marks as bytes, and the names of its slots.
+
+    Raises:
+        LayeringError: If the engine would refuse to read it.
+    """
     passes.RemoveUnusedNodesPass()(model)
     passes.ClearMetadataAndDocStringPass()(model)  # which has paths of this machine in it
     model.producer_name, model.producer_version = "plyweight", None
     model.ir_version = IR_VERSION
     model.graph.name = "layered"
     slots = tuple(name for name, value in model.graph.initializers.items() if is_slot(value))
-    return ir.to_proto(model).SerializeToString(deterministic=True), slots
+    data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    try:
+        external_initializers(data)
+    except GraphError as error:
+        raise LayeringError(
+            f"the graph of this network is more than an engine reads, {MAX_NODES:,} nodes and "
+            f"{MAX_FIELDS:,} parts of them; a loop is copied for each of its rounds. Make it "
+            "smaller, or pack without example_inputs."
+        ) from error
+    return data, slots
