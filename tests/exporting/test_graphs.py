@@ -321,7 +321,7 @@ def test_the_artifact_itself_is_not_written_over(tmp_path):
     source = packed.path.rename(tmp_path / "net.bin")
     content = source.read_bytes()
     for to, path in (("openvino", tmp_path / "net.xml"), ("onnx", source)):
-        with pytest.raises(LayeringError, match=r"net\.bin is the artifact itself"):
+        with pytest.raises(OutputError, match=r"net\.bin is the artifact itself"):
             export(source, path, to=to)
     assert source.read_bytes() == content
 

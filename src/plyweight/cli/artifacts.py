@@ -22,7 +22,7 @@ from plyweight.cli.calling import (
     token,
 )
 from plyweight.cli.show import receipt_table, size
-from plyweight.errors import OutputError, TrustError, listed
+from plyweight.errors import TrustError, listed
 
 if TYPE_CHECKING:
     from plyweight.artifact import Header
@@ -120,7 +120,6 @@ def export(
     """Write one bit-width as a file that other tools read."""
     from plyweight.exporting import export as export_file
 
-    _refuse_same(artifact, path)
     report = export_file(artifact, path, bit_width=bit_width, to=to.value, dtype=dtype.value)
     if as_json:
         print_json(
@@ -254,11 +253,6 @@ def _sidecar(artifact: str) -> Path:
 
     folder = split_folder(artifact)
     return folder / SIDECAR_FILE if folder is not None else Path(f"{artifact}.{SIDECAR_FILE}")
-
-
-def _refuse_same(artifact: str, path: Path) -> None:
-    if path.resolve() == Path(artifact).resolve():
-        raise OutputError(f"{path} is the artifact itself; give the other file another path.")
 
 
 def _verify_signature(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from plyweight.artifact import ArtifactReader, Source, publish_atomically
-from plyweight.errors import LayeringError
+from plyweight.errors import LayeringError, OutputError
 from plyweight.exporting.state_dict import state_dict_bytes
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def export(
         ArtifactError: If the artifact is damaged.
         GraphError: If there is no graph to export, or what was written computes something else.
         LayeringError: If an argument is wrong.
-        OutputError: If the file cannot be written.
+        OutputError: If the file cannot be written, or is the artifact itself.
         ImportError: If what writes or reads the format is not installed.
     """
     if to not in FORMATS:
@@ -142,6 +142,6 @@ def _refuse_source(source: object, path: Path, to: str) -> None:
     if isinstance(source, (str, os.PathLike)) and Path(source).is_file():
         for target in (path, path.with_suffix(".bin")) if to == "openvino" else (path,):
             if target.exists() and target.samefile(source):
-                raise LayeringError(
+                raise OutputError(
                     f"{target} is the artifact itself, which would be lost; give another name."
                 )
