@@ -137,6 +137,7 @@ def test_a_run_that_was_killed_and_resumed_packs_the_very_same_bytes(
         assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_is_told_to_stop_leaves_a_checkpoint_and_says_how_to_go_on(
     number, code, pictures, unbroken, out, monkeypatch, capsys
@@ -352,6 +353,7 @@ def test_other_float_weights_in_the_same_folder_are_another_run(pictures, tmp_pa
     assert run(pictures, out, *options["first"]) == 0
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     pictures, unbroken, out, monkeypatch, capsys
 ):
@@ -410,6 +412,7 @@ def test_a_missing_solver_is_missed_at_once(pictures, out, monkeypatch, capsys):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_events_for_tensorboard_have_the_figures_of_the_csv_file(pictures, unbroken, out):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
