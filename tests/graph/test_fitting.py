@@ -43,7 +43,9 @@ def outputs_of(model, inputs=IMAGES):
     return found
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "name", ["SmallResNet", *(pytest.param(n, marks=pytest.mark.slow) for n in list(ALL)[1:])]
+)
 def test_the_graph_gives_torchs_own_numbers_and_stays_on_integers(name, tmp_path):
     net, inputs, options = ALL[name]
     torch.manual_seed(0)

@@ -50,7 +50,9 @@ def packed(name, folder, **options):
     )
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    "backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("group_size", [None, 16, 5])
 @pytest.mark.parametrize("name", NETS)
 def test_an_engine_answers_as_torch_does(name, group_size, backend, tmp_path):
