@@ -1,12 +1,23 @@
 """How fast does the engine answer, load and switch, beside other runtimes on the same nets?
 
     python benchmarks/engine.py
+    python benchmarks/engine.py --nets resnet18 --add     one more net for the page that is there
     python benchmarks/engine.py --quick --out FOLDER
 
 ResNet-20 for images of 32 x 32, ResNet-18 and MobileNetV2 for 224 x 224. The weights are random,
 with batch norm statistics of random images: what is measured does not depend on them. All with two
-threads, interleaved in one run: in each round every variant answers one request that is not timed,
-for threads of the variant before may still be spinning, and then three that are. Medians.
+threads, interleaved in one run. Two threads on two cores are easily disturbed, so every variant
+gets the same treatment in every round:
+
+    nothing runs    ONNX Runtime's threads spin for 40 ms after a request, and those of the variant
+                    before would take a core from this one
+    requests that   a thread that wakes up may share the caller's core until the system moves it,
+    are not timed   which takes up to 80 ms
+    requests that   of which the round keeps the median
+    are timed
+
+How far apart two virtual cores are changes every few seconds on some hosts, for all variants alike:
+beside the ratio of two variants' medians stands the median of their ratios in the same round.
 
 Memory, loading and switching are measured in a process of their own, one for each backend.
 """
@@ -32,15 +43,16 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent / "examples"))
 
 import numpy as np
+from engine_tables import Net, page
 from results_files import write_results
 
 import plyweight
 
 BIT_WIDTHS, BATCHES, BACKENDS = (2, 3, 4, 6, 8), (1, 8), ("onnxruntime", "openvino")
 SIZES = {"resnet20": 32, "resnet18": 224, "mobilenetv2": 224}
-ROUNDS = {"resnet20": 60, "resnet18": 12, "mobilenetv2": 25}
-REST_S = 0.01  # in which the threads of the variant before stop spinning
-TIMED = 3  # requests of a variant in a round
+ROUNDS = 12
+LOOK_S, IDLE_S, PATIENCE_S = 0.003, 0.0003, 1.0  # idle: at most so much CPU time in one look
+SETTLING_S, TIMED_S, TIMED = 0.1, 0.02, 3  # at least so long, and at least so many requests
 WARM = 2**40
 COLD_ROUNDS = 5
 
@@ -51,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every net, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", choices=list(SIZES), nargs="+", default=list(SIZES))
+    parser.add_argument("--add", action="store_true", help="keep the nets that are in FOLDER")
     parser.add_argument("--quick", action="store_true", help="two rounds: whether it runs at all")
     parser.add_argument("--out", type=Path, default=ROOT / "results", metavar="FOLDER")
     parser.add_argument("--holding", nargs=3, help=argparse.SUPPRESS)  # of the process for memory
@@ -63,14 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write(found, options)
 
 
-def measured(name: str, *, quick: bool) -> dict[str, Any]:
+def measured(name: str, *, quick: bool) -> Net:
     """Everything about one net."""
     side = SIZES[name]
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         variants, path = made(name, folder)
-        rounds = 2 if quick else ROUNDS[name]
-        latency = {batch: interleaved(variants, batch, side, rounds) for batch in BATCHES}
+        rounds = 2 if quick else ROUNDS
+        latency = {str(batch): interleaved(variants, batch, side, rounds) for batch in BATCHES}
         held = {}
         for backend in BACKENDS:
             command = [sys.executable, __file__, "--holding", str(path), backend, str(side)]
@@ -191,21 +204,38 @@ def images_of(count: int, side: int) -> np.ndarray:
 
 def interleaved(
     variants: Mapping[str, Run], batch: int, side: int, rounds: int
-) -> dict[str, float]:
-    """The median seconds of a request, one variant after the other in every round."""
+) -> dict[str, list[float]]:
+    """The median seconds of a request in every round, one variant after the other."""
     x = images_of(batch, side)
     times: dict[str, list[float]] = {name: [] for name in variants}
     for run in variants.values():
         run(x)  # which may compile
     for _ in range(rounds):
         for name, run in variants.items():
-            time.sleep(REST_S)
-            run(x)
-            for _ in range(TIMED):
-                started = time.perf_counter()
-                run(x)
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+            wait_until_idle()
+            repeated(lambda run=run: run(x), for_s=SETTLING_S, at_least=1)
+            timed = repeated(lambda run=run: run(x), for_s=TIMED_S, at_least=TIMED)
+            times[name].append(statistics.median(timed))
+    return times
+
+
+def wait_until_idle() -> None:
+    """Until no thread of this process runs, or for as long as one can bear."""
+    end = time.perf_counter() + PATIENCE_S
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(LOOK_S)
+        if time.process_time() - before < IDLE_S:
+            return
+
+
+def repeated(call: Callable[[], object], *, for_s: float, at_least: int) -> list[float]:
+    """The seconds of each of the calls that fit in that time."""
+    found: list[float] = []
+    end = time.perf_counter() + for_s
+    while len(found) < at_least or time.perf_counter() < end:
+        found.append(seconds(call))
+    return found
 
 
 def holding(path: str, backend: str, side: int) -> dict[str, Any]:
@@ -252,42 +282,8 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def tables(found: Mapping[str, Any]) -> list[str]:
-    """Lines of Markdown."""
-    lines = []
-    for name, net in found.items():
-        side = net["side"]
-        lines += [f"\n## {name}, {side} x {side}, {net['rounds']} rounds of {TIMED}\n"]
-        lines += ["| variant | batch 1, ms | speed, of its int8 | of torch | inputs/s, batch 8 | "]
-        lines[-1] += "speed, of its int8 |"
-        lines += ["|---" * 6 + "|"]
-        one, eight = net["seconds"][BATCHES[0]], net["seconds"][BATCHES[1]]
-        for variant, median in one.items():
-            own = "OpenVINO" if "openvino" in variant.lower() else "ONNX Runtime"
-            peer = f"{own} int8"
-            lines += [
-                f"| {variant} | {median * 1e3:.2f} | {one[peer] / median:.2f} | "
-                f"{one['torch float'] / median:.2f} | {BATCHES[1] / eight[variant]:.0f} | "
-                f"{eight[peer] / eight[variant]:.2f} |"
-            ]
-        lines += ["\n| backend | open to first answer, ms | cold switch, ms (inferences) | "]
-        lines[-1] += "warm switch, µs | MB loaded | MB, all widths warm | MB, downgraded to 2 |"
-        lines += ["|---" * 7 + "|"]
-        for backend, held in net["holding"].items():
-            cold = statistics.median(held["cold_s"].values())
-            size = " | ".join(
-                f"{held[key] / 1e6:.1f}"
-                for key in ("loaded_bytes", "all_warm_bytes", "downgraded_bytes")
-            )
-            lines += [
-                f"| {backend} | {held['load_s'] * 1e3:.0f} | {cold * 1e3:.0f} "
-                f"({cold / held['inference_s']:.1f}) | {held['warm_s'] * 1e6:.1f} | {size} |"
-            ]
-    return lines
-
-
-def write(found: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """The tables, on the screen and in a file."""
+def write(found: Mapping[str, Net], options: argparse.Namespace) -> None:
+    """The page, on the screen and in a file."""
     packages = ("plyweight", "torch", "onnxruntime", "openvino", "nncf")
     conditions = {
         "command": "python benchmarks/engine.py" + (" --quick" if options.quick else ""),
@@ -295,17 +291,12 @@ def write(found: Mapping[str, Any], options: argparse.Namespace) -> None:
         "versions": {name: version(name) for name in packages},
         "date": time.strftime("%Y-%m-%d"),
     }
-    lines = ["# The engine beside other runtimes\n"]
-    lines += ["Random weights; `int8` is ONNX Runtime's static quantization (QDQ, per channel) of"]
-    lines += ["the same net, on both runtimes. Speeds are ratios of medians; above 1 is faster."]
-    lines += ["MB are resident bytes above those of a process with the libraries loaded."]
-    lines += tables(found)
-    packages_line = " · ".join(f"{n} {v}" for n, v in conditions["versions"].items())
-    lines += [f"\n`{conditions['command']}` · {conditions['machine']} · {packages_line} · "]
-    lines[-1] += f"{conditions['date']}\n"
-    print("\n".join(lines))
-    content = {"conditions": conditions, "nets": found}
-    write_results(options.out, "engine", "\n".join(lines), content)
+    earlier = options.out / "engine.json"
+    kept = json.loads(earlier.read_text(encoding="utf-8"))["nets"] if options.add else {}
+    nets = {name: net for name in SIZES if (net := (kept | dict(found)).get(name))}
+    text = page(nets, conditions)
+    print(text)
+    write_results(options.out, "engine", text, {"conditions": conditions, "nets": nets})
 
 
 if __name__ == "__main__":

@@ -20,18 +20,16 @@ def check_inputs(ports: Sequence[Port], inputs: Mapping[str, Any]) -> dict[str, 
     Raises:
         InputError: If one is not.
     """
-    expected = "; ".join(map(described, ports))
     if not isinstance(inputs, Mapping):
         raise InputError(
             f"the inputs are a {type(inputs).__name__}; give a dictionary of arrays by name: "
-            f"{expected}."
+            f"{_expected(ports)}."
         )
-    names = [port.name for port in ports]
-    wrong = [name for name in inputs if name not in names]
-    missing = [name for name in names if name not in inputs]
-    if wrong or missing:
-        found = f"{listed(map(repr, wrong))} is no input" if wrong else "too few inputs were given"
-        raise InputError(f"{found}; the model expects {expected}.")
+    if len(inputs) != len(ports) or not all(port.name in inputs for port in ports):
+        names = [port.name for port in ports]
+        wrong = [repr(name) for name in inputs if name not in names]
+        found = f"{listed(wrong)} is no input" if wrong else "too few inputs were given"
+        raise InputError(f"{found}; the model expects {_expected(ports)}.")
     lengths: dict[str, int] = {}
     return {port.name: _checked(port, inputs[port.name], lengths) for port in ports}
 
@@ -39,6 +37,10 @@ def check_inputs(ports: Sequence[Port], inputs: Mapping[str, Any]) -> dict[str, 
 def described(port: Port) -> str:
     """``input: float32 (batch, 3, 32, 32)``."""
     return f"{port.name}: {port.dtype} ({', '.join(map(str, port.shape))})"
+
+
+def _expected(ports: Sequence[Port]) -> str:
+    return "; ".join(map(described, ports))
 
 
 def _checked(port: Port, value: Any, lengths: dict[str, int]) -> NDArray[Any]:
