@@ -27,11 +27,12 @@ def test_nodes_are_what_onnx_reads():
     assert [set(node.attributes) for node in read] == [{a.name for a in n.attribute} for n in nodes]
 
 
-def test_attributes_are_whole_numbers_or_others_or_nothing():
-    node = helper.make_node("Gemm", ["a", "b"], ["y"], alpha=0.5, transB=1, other=-3, text="t")
+def test_attributes_are_numbers_or_texts_or_nothing():
+    values = {"alpha": 0.5, "transB": 1, "other": -3, "text": "t", "list": [1, 2]}
+    node = helper.make_node("Gemm", ["a", "b"], ["y"], **values)
     graph = helper.make_graph([node], "g", [], [])
     (read,) = Nodes(helper.make_model(graph).SerializeToString()).all
-    assert read.attributes == {"alpha": 0.5, "transB": 1, "other": -3, "text": None}
+    assert read.attributes == values | {"text": b"t", "list": None}
 
 
 @pytest.mark.parametrize(

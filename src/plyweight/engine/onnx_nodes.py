@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from plyweight.artifact.strict_json import shown
+from plyweight.engine.onnx_constants import constant_of, integers_of
 from plyweight.engine.onnx_model import (
     ATTRIBUTE_GRAPHS,
     DTYPES,
@@ -53,14 +54,15 @@ from plyweight.errors import GraphError
 __all__ = ["Node", "Nodes", "OnnxModel", "rewritten"]
 
 NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_DOMAIN = 1, 2, 3, 7
-ATTRIBUTE_NAME, ATTRIBUTE_FLOAT, ATTRIBUTE_INTEGER, ATTRIBUTE_TYPE = 1, 2, 3, 20
-FLOAT_TYPE, INTEGER_TYPE = 1, 2
+ATTRIBUTE_NAME, ATTRIBUTE_FLOAT, ATTRIBUTE_INTEGER, ATTRIBUTE_TEXT = 1, 2, 3, 4
+ATTRIBUTE_INTEGERS, ATTRIBUTE_TYPE = 8, 20
+FLOAT_TYPE, INTEGER_TYPE, TEXT_TYPE, INTEGERS_TYPE = 1, 2, 3, 7
 GRAPH_INPUT, GRAPH_OUTPUT = 11, 12
 PORT_NAME = 1
 MODEL_OPSET, OPSET_DOMAIN, OPSET_VERSION = 8, 1, 2
 NUMBERS = {name: number for number, name in DTYPES.items()}
 
-Scalar = int | float | None
+Attribute = int | float | bytes | tuple[int, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +72,14 @@ class Node:
     Attributes:
         op_type, domain: of its operator.
         inputs, outputs: names; "" for one that is left out.
-        attributes: whole numbers and others; None for what is neither.
+        attributes: numbers, texts as bytes, and of a node that is made lists of integers; None for
+            what is none of them.
     """
 
     op_type: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    attributes: Mapping[str, Scalar] = field(default_factory=dict)
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
     domain: str = ""
 
 
@@ -102,10 +105,17 @@ class Nodes:
         self.num_readers: Counter[str] = Counter()
         self.num_makers: Counter[str] = Counter()
         self._readers: dict[str, list[int]] = {}
+        self._integers: dict[str, tuple[int, ...] | None] = {}
         for graph in _messages(memoryview(data), (MODEL_GRAPH,)):
             self._add_names(graph)
+            for tensor in _messages(graph, (GRAPH_INITIALIZER,)):
+                self._integers.update(
+                    dict.fromkeys(_texts(tensor, TENSOR_NAME), integers_of(tensor))
+                )
             for message in _messages(graph, (GRAPH_NODE,)):
                 node = _node(message)
+                if (node.op_type, node.domain, len(node.outputs)) == ("Constant", "", 1):
+                    self._integers[node.outputs[0]] = constant_of(message)
                 for name in dict.fromkeys(node.inputs):
                     self._readers.setdefault(name, []).append(len(self.all))
                 self.all.append(node)
@@ -114,6 +124,10 @@ class Nodes:
     def readers(self, name: str) -> list[int]:
         """The indices of the nodes that read ``name``."""
         return list(self._readers.get(name, ()))
+
+    def integers(self, name: str) -> tuple[int, ...] | None:
+        """The short list of integers that ``name`` always is; None where it is something else."""
+        return self._integers.get(name) if self.num_makers[name] == 1 else None
 
     def check_new_names(
         self, replaced: Mapping[int, Sequence[Node]], added: Collection[str]
@@ -247,7 +261,7 @@ def _graph(
 def _node(message: memoryview) -> Node:
     op_type = domain = ""
     inputs, outputs = [], []
-    attributes: dict[str, Scalar] = {}
+    attributes: dict[str, Attribute] = {}
     for number, value in fields(message):
         if number == NODE_INPUT:
             inputs.append(text_of(value))
@@ -269,9 +283,9 @@ def _node(message: memoryview) -> Node:
     )
 
 
-def _attribute(message: memoryview) -> tuple[str, Scalar]:
+def _attribute(message: memoryview) -> tuple[str, Attribute]:
     name, kind = "", 0
-    whole, fraction = 0, 0.0  # which a writer may leave out
+    whole, fraction, text = 0, 0.0, b""  # which a writer may leave out
     for number, value in fields(message):
         if number == ATTRIBUTE_NAME:
             name = text_of(value)
@@ -282,7 +296,10 @@ def _attribute(message: memoryview) -> tuple[str, Scalar]:
             whole -= 2**64 if whole >= 2**63 else 0
         elif number == ATTRIBUTE_FLOAT:
             fraction = float_of(value)
-    return name, {INTEGER_TYPE: whole, FLOAT_TYPE: fraction}.get(kind)
+        elif number == ATTRIBUTE_TEXT:
+            text = bytes(message_of(value))
+    found: Mapping[int, Attribute] = {INTEGER_TYPE: whole, FLOAT_TYPE: fraction, TEXT_TYPE: text}
+    return name, found.get(kind)
 
 
 def _messages(message: memoryview, wanted: Collection[int]) -> Iterator[memoryview]:
@@ -307,13 +324,14 @@ def _node_parts(node: Node) -> list[Part]:
     parts += [text_field(NODE_NAME, f"node_{node.outputs[0]}")]
     parts += [text_field(NODE_OP_TYPE, node.op_type), text_field(NODE_DOMAIN, node.domain)]
     for name, value in node.attributes.items():
-        assert isinstance(value, int)  # none of those that are made has another one
-        number = [
-            text_field(ATTRIBUTE_NAME, name),
-            integer_field(ATTRIBUTE_INTEGER, value),
-            integer_field(ATTRIBUTE_TYPE, INTEGER_TYPE),
-        ]
-        parts += counted(NODE_ATTRIBUTE, number)
+        assert isinstance(value, int | tuple)  # none of those that are made has another one
+        if isinstance(value, int):
+            kind, numbers = INTEGER_TYPE, [integer_field(ATTRIBUTE_INTEGER, value)]
+        else:
+            kind, numbers = INTEGERS_TYPE, [integer_field(ATTRIBUTE_INTEGERS, v) for v in value]
+        attribute = [text_field(ATTRIBUTE_NAME, name), *numbers]
+        attribute.append(integer_field(ATTRIBUTE_TYPE, kind))
+        parts += counted(NODE_ATTRIBUTE, attribute)
     return parts
 
 

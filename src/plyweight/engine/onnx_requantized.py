@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from plyweight.engine.onnx_model import MICROSOFT, Declared
 from plyweight.engine.onnx_nodes import Node, Nodes, OnnxModel, rewritten
+from plyweight.engine.onnx_shortcuts import shortcuts
 
 __all__ = ["requantized"]
 
@@ -53,7 +54,9 @@ class _Chain:
 
 
 def requantized(onnx: OnnxModel, values: Values) -> tuple[bytes, Values]:
-    """The model with its second roundings on bytes, where that changes no level.
+    """The model with its second roundings on bytes, and its ``shortcuts`` as convolutions.
+
+    Both only where that changes no level.
 
     Args:
         onnx: the model.
@@ -71,15 +74,20 @@ def requantized(onnx: OnnxModel, values: Values) -> tuple[bytes, Values]:
     change = _Change(nodes, values)
     for chain in _chains(nodes):
         change.take(chain)
+    new: dict[str, NDArray[Any]]
+    new = {name: np.asarray(value, np.uint8) for value, name in change.zero_points.items()}
+    for shortcut in shortcuts(onnx):
+        change.put_all(shortcut.replaced)
+        new |= shortcut.values
     if not change.replaced:
         return onnx.data, values
     left = change.num_readers_left()
     dropped = {name for name in values if name in onnx.slots and not left[name]}
-    added = {name: Declared("uint8", ()) for name in change.zero_points.values()}
+    added = {name: Declared(value.dtype.name, value.shape) for name, value in new.items()}
     nodes.check_new_names(change.replaced, added)
     data = rewritten(onnx.data, change.replaced, dropped=dropped, added=added)
     kept = {name: value for name, value in values.items() if name not in dropped}
-    return data, kept | {n: np.array(v, np.uint8) for v, n in change.zero_points.items()}
+    return data, kept | new
 
 
 class _Change:
@@ -121,6 +129,11 @@ class _Change:
             if zero_point + shift <= 255 and all((f == wanted).all() for f in found):
                 self._replace(chain, target, zero_point + shift, wanted, keeps_clip=keeps_clip)
                 return
+
+    def put_all(self, replaced: Mapping[int, tuple[Node, ...]]) -> None:
+        """Replace nodes of another kind than those of chains."""
+        for index, nodes in replaced.items():
+            self._put(index, *nodes)
 
     def num_readers_left(self) -> Mapping[str, int]:
         """How many times each name is read in the model as it is then."""

@@ -5,12 +5,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from plyweight.engine.onnx_model import DTYPES, TENSOR_DIMS, TENSOR_DTYPE, TENSOR_NAME
+from plyweight.engine.onnx_model import (
+    DTYPES,
+    TENSOR_DIMS,
+    TENSOR_DTYPE,
+    TENSOR_NAME,
+    TENSOR_RAW,
+)
 from plyweight.engine.protobuf import Part, counted, integer_field, text_field
 
 __all__ = ["tensor"]
 
-TENSOR_RAW = 9  # values as they lie in memory, little-endian
 NUMBERS = {name: number for number, name in DTYPES.items()}
 
 
