@@ -67,6 +67,7 @@ class Engine:
         num_layers = self._header.layer_index(bit_width) + 1
         first = reader.read_layer(0)
         self._graph = graph_of(first, self._header, self._name)
+        self._output_names = [port.name for port in self._graph.outputs]
         self._layers: tuple[Views, ...] = (
             first,
             *(reader.read_layer(i) for i in range(1, num_layers)),
@@ -119,7 +120,7 @@ class Engine:
         """
         feeds = check_inputs(self._graph.inputs, inputs)
         outputs = self._warm.run(feeds)
-        return {port.name: value for port, value in zip(self._graph.outputs, outputs, strict=True)}
+        return dict(zip(self._output_names, outputs, strict=True))
 
     def set_bit_width(self, bit_width: int) -> None:
         """Answer the requests that come from now on at ``bit_width``, one that is held.

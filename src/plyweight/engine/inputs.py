@@ -25,8 +25,8 @@ def check_inputs(ports: Sequence[Port], inputs: Mapping[str, Any]) -> dict[str, 
             f"the inputs are a {type(inputs).__name__}; give a dictionary of arrays by name: "
             f"{_expected(ports)}."
         )
-    if len(inputs) != len(ports) or not all(port.name in inputs for port in ports):
-        names = [port.name for port in ports]
+    names = [port.name for port in ports]
+    if list(inputs) != names and set(inputs) != set(names):
         wrong = [repr(name) for name in inputs if name not in names]
         found = f"{listed(wrong)} is no input" if wrong else "too few inputs were given"
         raise InputError(f"{found}; the model expects {_expected(ports)}.")
@@ -55,14 +55,20 @@ def _checked(port: Port, value: Any, lengths: dict[str, int]) -> NDArray[Any]:
             f"input {port.name!r} is {array.dtype}; the model expects {described(port)}, so give "
             f"x.astype({port.dtype!r}) if its values are right."
         )
-    fits = len(array.shape) == len(port.shape) and all(
-        length == (lengths.setdefault(dim, length) if isinstance(dim, str) else dim) and length
-        for length, dim in zip(array.shape, port.shape, strict=True)
-    )
-    if not fits:
+    if not _fits(array.shape, port, lengths):
         known = ", ".join(f"{name} = {length}" for name, length in lengths.items())
         raise InputError(
             f"input {port.name!r} has shape {array.shape}; the model expects {described(port)}"
             f"{f' where {known}' if known else ''}."
         )
     return np.ascontiguousarray(array)
+
+
+def _fits(shape: tuple[int, ...], port: Port, lengths: dict[str, int]) -> bool:
+    if len(shape) != len(port.shape):
+        return False
+    for length, dim in zip(shape, port.shape, strict=True):
+        wanted = lengths.setdefault(dim, length) if isinstance(dim, str) else dim
+        if length != wanted or not length:
+            return False
+    return True

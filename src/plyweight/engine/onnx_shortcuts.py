@@ -47,10 +47,10 @@ def shortcuts(onnx: OnnxModel) -> Iterator[Shortcut]:
     Raises:
         GraphError: If it is no model.
     """
-    finder = _Finder(onnx)
-    for index, node in enumerate(onnx.nodes.all):
-        if node.op_type == "Pad" and not node.domain and (found := finder.of(index)):
-            yield found
+    nodes = onnx.nodes.all
+    pads = [i for i, node in enumerate(nodes) if (node.op_type, node.domain) == ("Pad", "")]
+    if pads:
+        yield from filter(None, map(_Finder(onnx).of, pads))
 
 
 class _Finder:
