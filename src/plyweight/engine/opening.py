@@ -39,7 +39,9 @@ def open(
         bit_width: the widest to hold, and the one to compute at; None for all that is there.
         providers: of ONNX Runtime, the preferred one first, each a name or a name and its
             options; None for the CPU. OpenVINO has none.
-        threads: that one request is spread over; None for as many as the runtime chooses.
+        threads: that one request is spread over; None for as many as the runtime chooses. Where
+            bit-widths alternate, give half of the cores or fewer: for some 40 ms after a request
+            ONNX Runtime's threads spin, each width's its own.
         warm_bytes: that bit-widths used before may take beside the current one, so that to switch
             back to them takes no time; 0 keeps none.
         backend: the runtime, "onnxruntime" or "openvino".
