@@ -40,8 +40,10 @@ struct ProductJob {
     std::size_t num_row_blocks;
     const std::int8_t* codes;
     const float* floats;
-    const float* code_scales;    // (m, groups)
-    const std::int32_t* biases;  // (m, groups): sums of products with bytes less those with levels
+    // By block of rows, (groups, rows of the block): scales of the codes, and what is added to sums of
+    // products with bytes to make them sums of products with levels, where a variant's bytes are others.
+    const float* code_scales;
+    const std::int32_t* corrections;
     float* scratch;              // scratch_floats() for each thread
 };
 
@@ -52,9 +54,9 @@ static inline std::size_t first_row(std::size_t m, std::size_t num_row_blocks, s
 
 #define PLYWEIGHT_PRODUCTS_VARIANT(name)                                                          \
     namespace name {                                                                              \
-    /* Packs rows of x: codes, code_scales and biases (int8), or floats. */                       \
+    /* Packs rows of x: codes, code_scales and corrections (int8), or floats. */                  \
     void pack_int8(const ProductJob& job, const float* x, std::size_t row_block,                  \
-                   std::int8_t* codes, float* code_scales, std::int32_t* biases);                 \
+                   std::int8_t* codes, float* code_scales, std::int32_t* corrections);            \
     void pack_float(const ProductJob& job, const float* x, std::size_t row_block, float* floats); \
     /* Columns of y that belong to tiles begin to end. */                                         \
     void int8_tiles(const ProductJob& job, std::size_t begin, std::size_t end, float* scratch);   \

@@ -146,12 +146,12 @@ void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const flo
 
     std::int8_t* codes = nullptr;
     float *floats = nullptr, *code_scales = nullptr, *scratches = nullptr;
-    std::int32_t* biases = nullptr;
+    std::int32_t* corrections = nullptr;
     memory.lay_out([&] {
         if (mode == Mode::int8) {
             codes = memory.take<std::int8_t>(m * inputs);
             code_scales = memory.take<float>(m * job.num_groups);
-            biases = memory.take<std::int32_t>(m * job.num_groups);
+            corrections = memory.take<std::int32_t>(m * job.num_groups);
         } else {
             floats = memory.take<float>(m * inputs);
         }
@@ -160,12 +160,12 @@ void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const flo
     job.codes = codes;
     job.floats = floats;
     job.code_scales = code_scales;
-    job.biases = biases;
+    job.corrections = corrections;
 
     parallel(job.num_row_blocks, m * job.in < kParallelInputs ? 1 : num_threads,
              [&](std::size_t begin, std::size_t end, int) {
                  for (std::size_t i = begin; i < end; ++i) {
-                     if (mode == Mode::int8) functions.pack_int8(job, x, i, codes, code_scales, biases);
+                     if (mode == Mode::int8) functions.pack_int8(job, x, i, codes, code_scales, corrections);
                      else functions.pack_float(job, x, i, floats);
                  }
              });

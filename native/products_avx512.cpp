@@ -7,6 +7,8 @@
 #include <immintrin.h>
 
 #include "products_avx512.hpp"
+#include "products_avx512_many.hpp"
+#include "products_avx512_pack.hpp"
 #include "products_tiles.hpp"
 
 namespace plyweight::avx512 {
@@ -49,12 +51,6 @@ constexpr std::size_t kFusedRows = 4;
 
 struct Isa {
     using Bits = Register;
-    static constexpr bool kIsSigned = false;
-    // Codes that are multiplied while they are decoded lack the half cell: see layout.hpp.
-    static std::int32_t bias(const ProductJob& job) {
-        return job.m <= kFusedRows ? 128 - (1 << (8 - job.bits) >> 1) : 128;
-    }
-
     static void tile_scales(const ProductJob& job, std::size_t tile, float* scales) {
         const std::size_t rows = smaller(kTileRows, job.out - tile * kTileRows);
         const float* from = job.scale + tile * kTileRows * job.num_groups;
@@ -74,37 +70,6 @@ struct Isa {
                 for (std::size_t i = 0; i < groups; ++i) {
                     _mm512_storeu_ps(scales + (group + i) * kTileRows + half, block[i]);
                 }
-            }
-        }
-    }
-
-    // Not inlined: among everything else in its caller, sums would not stay in registers.
-    template <int rows>
-    [[gnu::noinline]] static void dot(const std::uint8_t* w, std::size_t quads, const std::int8_t* x,
-                    std::int32_t* sums, bool first) {
-        __m512i sum[rows][2];
-        PLYWEIGHT_UNROLL
-        for (int row = 0; row < rows; ++row) {
-            PLYWEIGHT_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                sum[row][half] = first ? _mm512_setzero_si512()
-                                       : _mm512_loadu_si512(sums + row * 32 + half * 16);
-            }
-        }
-        for (std::size_t quad = 0; quad < quads; ++quad, w += 2 * kLineBytes, x += 4 * rows) {
-            const __m512i low = _mm512_load_si512(w), high = _mm512_load_si512(w + kLineBytes);
-            PLYWEIGHT_UNROLL
-            for (int row = 0; row < rows; ++row) {
-                const __m512i codes = four(x + 4 * row);
-                add_products(sum[row][0], low, codes);
-                add_products(sum[row][1], high, codes);
-            }
-        }
-        PLYWEIGHT_UNROLL
-        for (int row = 0; row < rows; ++row) {
-            PLYWEIGHT_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                _mm512_storeu_si512(sums + row * 32 + half * 16, sum[row][half]);
             }
         }
     }
@@ -225,9 +190,9 @@ void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
             const __m512 scale = _mm512_loadu_ps(scales + place);
             PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) {
-                const std::size_t at = static_cast<std::size_t>(row) * job.num_groups + group;
-                const __m512i whole =
-                    _mm512_sub_epi32(sums.total(row, half), _mm512_set1_epi32(job.biases[at]));
+                const std::size_t at = group * rows + static_cast<std::size_t>(row);
+                const __m512i whole = _mm512_add_epi32(sums.total(row, half),
+                                                       _mm512_set1_epi32(job.corrections[at]));
                 const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(job.code_scales[at]), scale);
                 y[row][half] = _mm512_add_ps(y[row][half],
                                              _mm512_mul_ps(_mm512_cvtepi32_ps(whole), factor));
@@ -263,8 +228,14 @@ void fused(const ProductJob& job, std::size_t tile, const float* scales) {
 
 PLYWEIGHT_DEFINE_PRODUCTS(Isa)
 
+void pack_int8(const ProductJob& job, const float* x, std::size_t row_block, std::int8_t* codes,
+               float* code_scales, std::int32_t* corrections) {
+    // Codes that are multiplied while they are decoded lack the half cell: see layout.hpp.
+    const std::int32_t bias = job.m <= kFusedRows ? 128 - (1 << (8 - job.bits) >> 1) : 128;
+    pack_biased_rows(job, x, row_block, codes, code_scales, corrections, bias);
+}
+
 void int8_tiles(const ProductJob& job, std::size_t begin, std::size_t end, float* scratch) {
-    if (job.m > kFusedRows) return int8_tiles_of<Isa>(job, begin, end, scratch);
     const Scratch own(job, scratch);
     for (std::size_t tile = begin; tile < end; ++tile) {
         Isa::tile_scales(job, tile, own.scales);
@@ -276,7 +247,9 @@ void int8_tiles(const ProductJob& job, std::size_t begin, std::size_t end, float
                 break;
             case 2: fused<2>(job, tile, own.scales); break;
             case 3: fused<3>(job, tile, own.scales); break;
-            default: fused<4>(job, tile, own.scales); break;
+            case 4: fused<4>(job, tile, own.scales); break;
+            default:
+                many_rows(job, tile, own.scales, reinterpret_cast<std::int32_t*>(own.sums), own.y);
         }
     }
 }

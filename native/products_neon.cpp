@@ -54,8 +54,6 @@ struct Widening {
 
 struct Common {
     using Bits = Register;
-    static constexpr bool kIsSigned = true;
-    static std::int32_t bias(const ProductJob&) { return 0; }
 
     static void tile_scales(const ProductJob& job, std::size_t tile, float* scales) {
         tile_scales_by_row(job, tile, scales);
@@ -164,6 +162,11 @@ struct DotIsa : Common {
 }  // namespace
 
 PLYWEIGHT_DEFINE_PRODUCTS(Common)
+
+void pack_int8(const ProductJob& job, const float* x, std::size_t row_block, std::int8_t* codes,
+               float* code_scales, std::int32_t*) {
+    pack_int8_rows(job, x, row_block, codes, code_scales);
+}
 
 void int8_tiles(const ProductJob& job, std::size_t begin, std::size_t end, float* scratch) {
     static const bool has_dot_products = cpu_has("dotprod");

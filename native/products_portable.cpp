@@ -25,8 +25,6 @@ struct Word {
 
 struct Isa {
     using Bits = Word;
-    static constexpr bool kIsSigned = true;
-    static std::int32_t bias(const ProductJob&) { return 0; }
 
     static void tile_scales(const ProductJob& job, std::size_t tile, float* scales) {
         tile_scales_by_row(job, tile, scales);
@@ -76,6 +74,11 @@ struct Isa {
 }  // namespace
 
 PLYWEIGHT_DEFINE_PRODUCTS(Isa)
+
+void pack_int8(const ProductJob& job, const float* x, std::size_t row_block, std::int8_t* codes,
+               float* code_scales, std::int32_t*) {
+    pack_int8_rows(job, x, row_block, codes, code_scales);
+}
 
 void int8_tiles(const ProductJob& job, std::size_t begin, std::size_t end, float* scratch) {
     int8_tiles_of<Isa>(job, begin, end, scratch);

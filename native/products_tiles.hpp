@@ -3,10 +3,8 @@
 //
 // `Isa` is what a variant has of its own:
 //     Bits                         registers to decode with (products_decode.hpp)
-//     kIsSigned                    whether `dot` takes levels, or levels + 128
-//     bias(job)                    how much higher than levels bytes are: 0 or up to 128
 //     tile_scales(job, tile, scales)             scales of a tile, (groups, 32)
-//     dot<rows>(w, quads, x, sums, first)        sums (rows, 32) of bytes w, codes x: int32
+//     dot<rows>(w, quads, x, sums, first)        sums (rows, 32) of levels w, codes x: int32
 //     float_dot<rows>(w, quads, x, sums, first)  the same of levels w and floats x
 // which start from zero at the first of several calls, and else add to the sums.
 #pragma once
@@ -61,31 +59,37 @@ inline void store_tile(const ProductJob& job, std::size_t tile, std::size_t firs
 }
 
 // Decodes a tile, chunk by chunk, for a slab of rows at a time. `dot(first row of the block, rows of
-// it, row in the slab, bytes, first block, blocks, is it the group's first chunk)` sums;
-// `finish(group, first row, rows, y)` scales the sums of a group and adds them to y.
+// it, row in the slab, levels, first block, blocks, is it the group's first chunk)` sums;
+// `finish(group, first row of the block, rows of it, row in the slab)` scales the sums of a group and
+// adds them to y.
 template <class Bits, class Dot, class Finish>
-inline void for_each_slab(const ProductJob& job, std::size_t tile, std::uint8_t flip, float* y,
-                          Dot dot, Finish finish) {
+inline void for_each_slab(const ProductJob& job, std::size_t tile, float* y, Dot dot, Finish finish) {
     alignas(kLineBytes) std::uint8_t bytes[kChunkBlocks * 8 * kLineBytes];
     constexpr std::size_t slab_blocks = kSlabRows / kBlockRows;
     for (std::size_t slab = 0; slab < job.num_row_blocks; slab += slab_blocks) {
         const std::size_t slab_end = smaller(slab + slab_blocks, job.num_row_blocks);
         const std::size_t begin = first_row(job.m, job.num_row_blocks, slab);
         const std::size_t end = first_row(job.m, job.num_row_blocks, slab_end);
+        const auto for_each_block = [&](auto visit) {
+            for (std::size_t i = slab; i < slab_end; ++i) {
+                const std::size_t first = first_row(job.m, job.num_row_blocks, i);
+                visit(first, first_row(job.m, job.num_row_blocks, i + 1) - first, first - begin);
+            }
+        };
         for (std::size_t i = 0; i < (end - begin) * kTileRows; ++i) y[i] = 0.0f;
         for (std::size_t group = 0; group < job.num_groups; ++group) {
             const std::size_t group_begin = group * job.group_blocks;
             const std::size_t group_end = smaller(group_begin + job.group_blocks, job.row_blocks);
             for (std::size_t block = group_begin; block < group_end; block += kChunkBlocks) {
                 const std::size_t count = smaller(kChunkBlocks, group_end - block);
-                decode<Bits>(job.planes, job.bits, tile * job.row_blocks + block, count, flip, bytes);
-                for (std::size_t i = slab; i < slab_end; ++i) {
-                    const std::size_t first = first_row(job.m, job.num_row_blocks, i);
-                    const std::size_t rows = first_row(job.m, job.num_row_blocks, i + 1) - first;
-                    dot(first, rows, first - begin, bytes, block, count, block == group_begin);
-                }
+                decode<Bits>(job.planes, job.bits, tile * job.row_blocks + block, count, 0x80, bytes);
+                for_each_block([&](std::size_t first, std::size_t rows, std::size_t row) {
+                    dot(first, rows, row, bytes, block, count, block == group_begin);
+                });
             }
-            finish(group, begin, end - begin, y);
+            for_each_block([&](std::size_t first, std::size_t rows, std::size_t row) {
+                finish(group, first, rows, row);
+            });
         }
         store_tile(job, tile, begin, end - begin, y);
     }
@@ -96,26 +100,22 @@ inline void int8_tile(const ProductJob& job, std::size_t tile, const float* scal
                       std::int32_t* sums) {
     const std::size_t inputs = job.row_blocks * kBlockInputs;
     for_each_slab<typename Isa::Bits>(
-        job, tile, Isa::kIsSigned ? 0x80 : 0, y,
-        [&](std::size_t first, std::size_t rows, std::size_t row, const std::uint8_t* bytes,
+        job, tile, y,
+        [&](std::size_t first, std::size_t rows, std::size_t row, const std::uint8_t* levels,
             std::size_t block, std::size_t count, bool is_first) {
             const std::int8_t* x = job.codes + first * inputs + block * kBlockInputs * rows;
             with_rows(rows, [&]<int n>() {
-                Isa::template dot<n>(bytes, 4 * count, x, sums + row * kTileRows, is_first);
+                Isa::template dot<n>(levels, 4 * count, x, sums + row * kTileRows, is_first);
             });
         },
-        [&](std::size_t group, std::size_t begin, std::size_t rows, float* to) {
+        [&](std::size_t group, std::size_t first, std::size_t rows, std::size_t row) {
             const float* scale = scales + group * kTileRows;
-            for (std::size_t row = 0; row < rows; ++row) {
-                const std::size_t at = (begin + row) * job.num_groups + group;
-                const float code_scale = job.code_scales[at];
-                // Sums of biased bytes wrap around, and back with what the bias added to them.
-                const auto bias = static_cast<std::uint32_t>(job.biases[at]);
-                const std::int32_t* sum = sums + row * kTileRows;
-                for (std::size_t i = 0; i < kTileRows; ++i) {
-                    const auto whole =
-                        static_cast<std::int32_t>(static_cast<std::uint32_t>(sum[i]) - bias);
-                    to[row * kTileRows + i] += static_cast<float>(whole) * (code_scale * scale[i]);
+            const float* code_scales = job.code_scales + first * job.num_groups + group * rows;
+            for (std::size_t i = 0; i < rows; ++i) {
+                const std::int32_t* sum = sums + (row + i) * kTileRows;
+                float* to = y + (row + i) * kTileRows;
+                for (std::size_t k = 0; k < kTileRows; ++k) {
+                    to[k] += static_cast<float>(sum[k]) * (code_scales[i] * scale[k]);
                 }
             }
         });
@@ -126,20 +126,18 @@ inline void float_tile(const ProductJob& job, std::size_t tile, const float* sca
                        float* sums) {
     const std::size_t inputs = job.row_blocks * kBlockInputs;
     for_each_slab<typename Isa::Bits>(
-        job, tile, 0x80, y,
-        [&](std::size_t first, std::size_t rows, std::size_t row, const std::uint8_t* bytes,
+        job, tile, y,
+        [&](std::size_t first, std::size_t rows, std::size_t row, const std::uint8_t* levels,
             std::size_t block, std::size_t count, bool is_first) {
             const float* x = job.floats + first * inputs + block * kBlockInputs * rows;
             with_rows(rows, [&]<int n>() {
-                Isa::template float_dot<n>(bytes, 4 * count, x, sums + row * kTileRows, is_first);
+                Isa::template float_dot<n>(levels, 4 * count, x, sums + row * kTileRows, is_first);
             });
         },
-        [&](std::size_t group, std::size_t, std::size_t rows, float* to) {
+        [&](std::size_t group, std::size_t, std::size_t rows, std::size_t row) {
             const float* scale = scales + group * kTileRows;
-            for (std::size_t row = 0; row < rows; ++row) {
-                for (std::size_t i = 0; i < kTileRows; ++i) {
-                    to[row * kTileRows + i] += sums[row * kTileRows + i] * scale[i];
-                }
+            for (std::size_t i = row * kTileRows; i < (row + rows) * kTileRows; ++i) {
+                y[i] += sums[i] * scale[i % kTileRows];
             }
         });
 }
@@ -187,10 +185,9 @@ inline void tile_levels_of(const ProductJob& job, std::size_t tile, std::int8_t*
     }
 }
 
-// Rounds rows of x to 8 bits, by group, and packs them. A bias is `bias` times a sum of codes.
+// Rounds rows of x to 8 bits, by group, and packs them: what a variant has without a way of its own.
 inline void pack_int8_rows(const ProductJob& job, const float* x, std::size_t row_block,
-                           std::int8_t* codes_out, float* code_scales, std::int32_t* biases,
-                           std::int32_t bias) {
+                           std::int8_t* codes_out, float* code_scales) {
     constexpr std::size_t kPiece = 64;
     // Adding and taking away 1.5 * 2**23 rounds a small number to an integer, half to even.
     constexpr float rounder = 12582912.0f;
@@ -218,7 +215,6 @@ inline void pack_int8_rows(const ProductJob& job, const float* x, std::size_t ro
             const std::size_t padded =
                 (count + kBlockInputs - 1) / kBlockInputs * kBlockInputs;
             std::int8_t* to = block_codes + group * job.group_blocks * kBlockInputs * rows;
-            std::int32_t sum = 0;
             for (std::size_t done = 0; done < padded; done += kPiece) {
                 std::int8_t piece[kPiece] = {};
                 const std::size_t here = done < count ? smaller(kPiece, count - done) : 0;
@@ -229,15 +225,13 @@ inline void pack_int8_rows(const ProductJob& job, const float* x, std::size_t ro
                         v = v < -127.0f ? -127.0f : v;
                         const auto code = static_cast<std::int32_t>((v + rounder) - rounder);
                         piece[i] = static_cast<std::int8_t>(code);
-                        sum += code;
                     }
                 }
                 for (std::size_t quad = 0; 4 * quad < smaller(kPiece, padded - done); ++quad) {
                     __builtin_memcpy(to + ((done / 4 + quad) * rows + row) * 4, piece + 4 * quad, 4);
                 }
             }
-            code_scales[(begin + row) * job.num_groups + group] = scale;
-            biases[(begin + row) * job.num_groups + group] = bias * sum;
+            code_scales[begin * job.num_groups + group * rows + row] = scale;
         }
     }
 }
@@ -263,12 +257,8 @@ inline void pack_float_rows(const ProductJob& job, const float* x, std::size_t r
 }  // namespace
 }  // namespace plyweight
 
-// The functions that products.hpp declares for a variant, but for int8_tiles.
+// The functions that product_job.hpp declares for a variant, but for pack_int8 and int8_tiles.
 #define PLYWEIGHT_DEFINE_PRODUCTS(Isa)                                                            \
-    void pack_int8(const ProductJob& job, const float* x, std::size_t row_block,                  \
-                   std::int8_t* codes, float* code_scales, std::int32_t* biases) {                \
-        pack_int8_rows(job, x, row_block, codes, code_scales, biases, Isa::bias(job));            \
-    }                                                                                             \
     void pack_float(const ProductJob& job, const float* x, std::size_t row_block, float* floats) { \
         pack_float_rows(job, x, row_block, floats);                                               \
     }                                                                                             \
