@@ -14,31 +14,35 @@
 namespace plyweight::avx512 {
 namespace {
 
-// Decoded bytes: whole groups, or a part of one.
+// Blocks that are decoded to `bytes`: whole groups, or a part of one.
 struct Chunk {
-    const std::uint8_t* bytes;
-    std::size_t group, block, num_blocks;
+    std::uint8_t* bytes;
+    std::size_t tile, group, block, num_blocks;
     bool begins_group, ends_group;
 };
 
-// The next chunk from a block on.
-inline Chunk chunk_at(const ProductJob& job, std::size_t block, const std::uint8_t* bytes) {
+// The chunk that begins with a block.
+inline Chunk chunk_at(const ProductJob& job, std::size_t tile, std::size_t block,
+                      std::uint8_t* bytes) {
     const std::size_t group = block / job.group_blocks;
     if (job.group_blocks <= kChunkBlocks) {
         const std::size_t whole = kChunkBlocks / job.group_blocks * job.group_blocks;
-        return {bytes, group, block, smaller(whole, job.row_blocks - block), true, true};
+        return {bytes, tile, group, block, smaller(whole, job.row_blocks - block), true, true};
     }
     const std::size_t end = smaller((group + 1) * job.group_blocks, job.row_blocks);
     const std::size_t count = smaller(kChunkBlocks, end - block);
-    return {bytes, group, block, count, block == group * job.group_blocks, block + count == end};
+    return {bytes, tile, group, block, count, block == group * job.group_blocks, block + count == end};
 }
 
 // Adds the products of a chunk with a block of rows to y, or, of a part of a group, to `sums`; both
-// are (rows, 32). Not inlined: among everything else in its caller, sums would not stay in registers.
-template <int rows>
+// are (rows, 32). With `bits` it decodes the chunk as well, for itself and for blocks of rows that
+// come after, a line before its products: the processor does both at once. Not inlined: among
+// everything else in its caller, sums would not stay in registers.
+template <int rows, int bits = 0>
 [[gnu::noinline]] void multiply(const ProductJob& job, const Chunk& chunk, std::size_t first_row,
                                 const float* scales, std::int32_t* sums, float* y) {
-    const std::uint8_t* w = chunk.bytes;
+    std::uint8_t* w = chunk.bytes;
+    std::size_t line = chunk.tile * job.row_blocks + chunk.block;
     const std::int8_t* x = job.codes + (first_row * job.row_blocks + chunk.block * rows) * kBlockInputs;
     const std::size_t begin = first_row * job.num_groups + chunk.group * rows;
     const std::int32_t* corrections = job.corrections + begin;
@@ -56,13 +60,16 @@ template <int rows>
                                      : _mm512_loadu_si512(sums + row * 32 + half * 16);
             }
         }
-        for (std::size_t quad = 0; quad < 4 * blocks; ++quad, w += 2 * kLineBytes, x += 4 * rows) {
-            const __m512i low = _mm512_load_si512(w), high = _mm512_load_si512(w + kLineBytes);
-            PLYWEIGHT_UNROLL
-            for (int row = 0; row < rows; ++row) {
-                const __m512i codes = four(x + 4 * row);
-                add_products(sum[row][0], low, codes);
-                add_products(sum[row][1], high, codes);
+        for (std::size_t block = 0; block < blocks; ++block, ++line) {
+            if constexpr (bits > 0) decode_lines<bits, Register>(job.planes, line, 1, 0, w);
+            for (int quad = 0; quad < 4; ++quad, w += 2 * kLineBytes, x += 4 * rows) {
+                const __m512i low = _mm512_load_si512(w), high = _mm512_load_si512(w + kLineBytes);
+                PLYWEIGHT_UNROLL
+                for (int row = 0; row < rows; ++row) {
+                    const __m512i codes = four(x + 4 * row);
+                    add_products(sum[row][0], low, codes);
+                    add_products(sum[row][1], high, codes);
+                }
             }
         }
         if (!chunk.ends_group) {
@@ -92,6 +99,25 @@ template <int rows>
     }
 }
 
+template <int rows>
+void decode_and_multiply(const ProductJob& job, const Chunk& chunk, std::size_t first_row,
+                         const float* scales, std::int32_t* sums, float* y) {
+    switch (job.bits) {
+        case 1: return multiply<rows, 1>(job, chunk, first_row, scales, sums, y);
+        case 2: return multiply<rows, 2>(job, chunk, first_row, scales, sums, y);
+        case 3: return multiply<rows, 3>(job, chunk, first_row, scales, sums, y);
+        case 4: return multiply<rows, 4>(job, chunk, first_row, scales, sums, y);
+        case 5: return multiply<rows, 5>(job, chunk, first_row, scales, sums, y);
+        case 6: return multiply<rows, 6>(job, chunk, first_row, scales, sums, y);
+        case 7: return multiply<rows, 7>(job, chunk, first_row, scales, sums, y);
+        default:
+            // Among sums there are not enough registers to decode eight planes.
+            decode_lines<8, Register>(job.planes, chunk.tile * job.row_blocks + chunk.block,
+                                      chunk.num_blocks, 0, chunk.bytes);
+            return multiply<rows>(job, chunk, first_row, scales, sums, y);
+    }
+}
+
 // A tile times all rows, a slab at a time. `scales` is (groups, 32).
 inline void many_rows(const ProductJob& job, std::size_t tile, const float* scales,
                       std::int32_t* sums, float* y) {
@@ -100,23 +126,27 @@ inline void many_rows(const ProductJob& job, std::size_t tile, const float* scal
     for (std::size_t slab = 0; slab < job.num_row_blocks; slab += slab_blocks) {
         const std::size_t slab_end = smaller(slab + slab_blocks, job.num_row_blocks);
         const std::size_t begin = first_row(job.m, job.num_row_blocks, slab);
-        const std::size_t end = first_row(job.m, job.num_row_blocks, slab_end);
-        for (std::size_t i = 0; i < (end - begin) * kTileRows; ++i) y[i] = 0.0f;
         for (std::size_t block = 0; block < job.row_blocks;) {
-            const Chunk chunk = chunk_at(job, block, bytes);
-            decode<Register>(job.planes, job.bits, tile * job.row_blocks + block, chunk.num_blocks, 0,
-                             bytes);
+            const Chunk chunk = chunk_at(job, tile, block, bytes);
+            const std::size_t next = block + chunk.num_blocks;
             for (std::size_t i = slab; i < slab_end; ++i) {
                 const std::size_t first = first_row(job.m, job.num_row_blocks, i);
                 const std::size_t rows = first_row(job.m, job.num_row_blocks, i + 1) - first;
-                const std::size_t place = (first - begin) * kTileRows;
+                float* to = y + (first - begin) * kTileRows;
+                std::int32_t* own = sums + (first - begin) * kTileRows;
+                // Stores are spread among products: y has rows a power of two apart, whose lines
+                // take each other's place in the first cache, so that many at once would be waited for.
+                if (block == 0) {
+                    for (std::size_t k = 0; k < rows * kTileRows; ++k) to[k] = 0.0f;
+                }
                 with_rows(rows, [&]<int n>() {
-                    multiply<n>(job, chunk, first, scales, sums + place, y + place);
+                    if (i == slab) decode_and_multiply<n>(job, chunk, first, scales, own, to);
+                    else multiply<n>(job, chunk, first, scales, own, to);
                 });
+                if (next == job.row_blocks) store_tile(job, tile, first, rows, to);
             }
-            block += chunk.num_blocks;
+            block = next;
         }
-        store_tile(job, tile, begin, end - begin, y);
     }
 }
 

@@ -35,40 +35,43 @@ inline __m256i largest_lanes(const __m512i* of) {
     return _mm512_castsi512_si256(_mm512_shuffle_i32x4(all, all, 0x08));
 }
 
-// Codes of the first `count` of 64 inputs, then zeros.
-inline __m512i codes_of(const float* x, std::size_t count, float scale) {
-    const __m512 divisor = _mm512_set1_ps(scale), most = _mm512_set1_ps(127.0f);
-    const auto sixteen = [&](std::size_t begin) {
-        if (begin >= count) return _mm_setzero_si128();
-        __m512 v = _mm512_div_ps(_mm512_maskz_loadu_ps(lanes(count - begin), x + begin), divisor);
-        v = _mm512_max_ps(_mm512_min_ps(v, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
-        return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));  // half to even
-    };
-    const __m256i low = _mm256_set_m128i(sixteen(16), sixteen(0));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low),
-                              _mm256_set_m128i(sixteen(48), sixteen(32)), 1);
+// Visits a row, 16 inputs at a time: visit(first input, them), with zeros after the last.
+template <class Visit>
+inline void for_sixteens(const float* x, std::size_t count, Visit visit) {
+    std::size_t i = 0;
+    for (; i + 16 <= count; i += 16) visit(i, _mm512_loadu_ps(x + i));
+    if (i < count) visit(i, _mm512_maskz_loadu_ps(lanes(count - i), x + i));
 }
 
-// Quads of eight rows, rows to neighbours: two[i] are the eight rows of quads i and 4 + i, or, from
-// i = 4 on, of 4 + i and 8 + i.
-inline void rows_side_by_side(const __m512i* rows, __m512i* two) {
-    __m512i four[2][4];
+// Codes of up to 32 inputs, then zeros.
+inline __m256i codes_of(const float* x, std::size_t count, float scale) {
+    const __m512 divisor = _mm512_set1_ps(scale);
+    const __m512 most = _mm512_set1_ps(127.0f), least = _mm512_set1_ps(-127.0f);
+    __m128i codes[2] = {};
+    for_sixteens(x, count, [&](std::size_t i, __m512 v) {
+        v = _mm512_max_ps(_mm512_min_ps(_mm512_div_ps(v, divisor), most), least);
+        codes[i / 16] = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));  // half to even
+    });
+    return _mm256_set_m128i(codes[1], codes[0]);
+}
+
+// Quads of eight rows, rows to neighbours: of each of eight quads its rows.
+inline void rows_side_by_side(const __m256i* rows, __m256i* quads) {
+    __m256i four[2][4];  // rows of quads i and 4 + i
     PLYWEIGHT_UNROLL
     for (int half = 0; half < 2; ++half) {
-        const __m512i* r = rows + 4 * half;
-        const __m512i low[2] = {_mm512_unpacklo_epi32(r[0], r[1]), _mm512_unpacklo_epi32(r[2], r[3])};
-        const __m512i high[2] = {_mm512_unpackhi_epi32(r[0], r[1]), _mm512_unpackhi_epi32(r[2], r[3])};
-        four[half][0] = _mm512_unpacklo_epi64(low[0], low[1]);
-        four[half][1] = _mm512_unpackhi_epi64(low[0], low[1]);
-        four[half][2] = _mm512_unpacklo_epi64(high[0], high[1]);
-        four[half][3] = _mm512_unpackhi_epi64(high[0], high[1]);
+        const __m256i* r = rows + 4 * half;
+        const __m256i low[2] = {_mm256_unpacklo_epi32(r[0], r[1]), _mm256_unpacklo_epi32(r[2], r[3])};
+        const __m256i high[2] = {_mm256_unpackhi_epi32(r[0], r[1]), _mm256_unpackhi_epi32(r[2], r[3])};
+        four[half][0] = _mm256_unpacklo_epi64(low[0], low[1]);
+        four[half][1] = _mm256_unpackhi_epi64(low[0], low[1]);
+        four[half][2] = _mm256_unpacklo_epi64(high[0], high[1]);
+        four[half][3] = _mm256_unpackhi_epi64(high[0], high[1]);
     }
-    const __m512i near = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i far = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     PLYWEIGHT_UNROLL
     for (int i = 0; i < 4; ++i) {
-        two[i] = _mm512_permutex2var_epi64(four[0][i], near, four[1][i]);
-        two[4 + i] = _mm512_permutex2var_epi64(four[0][i], far, four[1][i]);
+        quads[i] = _mm256_permute2x128_si256(four[0][i], four[1][i], 0x20);
+        quads[4 + i] = _mm256_permute2x128_si256(four[0][i], four[1][i], 0x31);
     }
 }
 
@@ -91,12 +94,11 @@ inline void pack_biased_rows(const ProductJob& job, const float* x, std::size_t 
         for (std::size_t row = 0; row < kBlockRows; ++row) {
             largest[row] = _mm512_setzero_si512();
             if (row >= rows) continue;
-            for (std::size_t i = 0; i < count; i += 16) {
-                const __m512i bits =
-                    _mm512_maskz_loadu_epi32(lanes(count - i), from + row * job.in + i);
-                largest[row] = _mm512_max_epi32(
-                    largest[row], _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
-            }
+            __m512i most = _mm512_setzero_si512();
+            for_sixteens(from + row * job.in, count, [&](std::size_t, __m512 v) {
+                most = _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(v)));
+            });
+            largest[row] = most;
         }
         const __m256i peaks = largest_lanes(largest);
         const __m256 scales = _mm256_div_ps(_mm256_castsi256_ps(peaks), _mm256_set1_ps(127.0f));
@@ -111,29 +113,34 @@ inline void pack_biased_rows(const ProductJob& job, const float* x, std::size_t 
 
         std::int8_t* to =
             codes + (begin * job.row_blocks + group * job.group_blocks * rows) * kBlockInputs;
-        const std::size_t quads = (count + kBlockInputs - 1) / kBlockInputs * 4;
-        __m512i sums = _mm512_setzero_si512();
-        for (std::size_t quad = 0; quad < quads; quad += 16) {
-            __m512i of_rows[kBlockRows], two[8];
-            const std::size_t done = 4 * quad;
+        __m256i sum = _mm256_setzero_si256();
+        for (std::size_t i = 0; i < count; i += 32) {
+            __m256i of_rows[kBlockRows], quads[8];
             for (std::size_t row = 0; row < kBlockRows; ++row) {
-                of_rows[row] = row < rows && (is_plain >> row & 1) && done < count
-                                   ? codes_of(from + row * job.in + done, count - done, divisors[row])
-                                   : _mm512_setzero_si512();
+                of_rows[row] = row < rows && (is_plain >> row & 1)
+                                   ? codes_of(from + row * job.in + i, smaller(32, count - i), divisors[row])
+                                   : _mm256_setzero_si256();
             }
-            rows_side_by_side(of_rows, two);
-            const auto store = [&](std::size_t i, __m256i found) {
-                if (quad + i < quads) _mm256_mask_storeu_epi32(to + (quad + i) * rows * 4, there, found);
-            };
+            // Groups are padded to blocks of four quads.
+            if (rows == 1) {
+                sum = _mm256_dpbusd_epi32(sum, _mm256_set1_epi8(1), of_rows[0]);
+                const __mmask8 valid = i + 16 >= count ? 0x0f : 0xff;
+                _mm256_mask_storeu_epi32(to + i, valid, of_rows[0]);
+                continue;
+            }
+            rows_side_by_side(of_rows, quads);
             PLYWEIGHT_UNROLL
-            for (std::size_t i = 0; i < 8; ++i) {
-                add_products(sums, _mm512_set1_epi8(1), two[i]);
-                store(i + i / 4 * 4, _mm512_castsi512_si256(two[i]));
-                store(i + i / 4 * 4 + 4, _mm512_extracti64x4_epi64(two[i], 1));
+            for (std::size_t quad = 0; quad < 8; ++quad) {
+                sum = _mm256_dpbusd_epi32(sum, _mm256_set1_epi8(1), quads[quad]);
+                if (quad >= 4 && i + 16 >= count) continue;
+                _mm256_mask_storeu_epi32(to + (i / 4 + quad) * rows * 4, there, quads[quad]);
             }
         }
-        const __m256i sum = _mm256_add_epi32(_mm512_castsi512_si256(sums),
-                                             _mm512_extracti64x4_epi64(sums, 1));
+        if (rows == 1) {  // whose lanes were quads and not rows
+            sum = _mm256_add_epi32(sum, _mm256_permute2x128_si256(sum, sum, 0x01));
+            sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0x4e));
+            sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0xb1));
+        }
         _mm256_mask_storeu_epi32(corrections + at, there,
                                  _mm256_mullo_epi32(sum, _mm256_set1_epi32(-bias)));
     }
