@@ -13,6 +13,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -34,6 +37,47 @@ void pause() {
     __asm__ volatile("yield");
 #endif
 }
+
+// A thread that sleeps, which can be told to wake up on another processor than the one that wakes it.
+//
+// Linux wakes a thread on its own processor or on that of who wakes it, where it deems no other idle,
+// and in a virtual machine it deems none idle that the host has taken back, which it does when there
+// was nothing to do for a while. The two threads then share one processor for milliseconds, of which
+// the woken one may not get any until the caller sleeps. Elsewhere than on Linux nothing is done.
+class Sleeper {
+public:
+#if defined(__linux__)
+    void falls_asleep() {
+        thread_ = pthread_self();
+        is_asleep_ = true;
+    }
+    void is_woken_from_here() {
+        cpu_set_t others;
+        const int here = sched_getcpu();
+        if (!is_asleep_ || here < 0 || here >= CPU_SETSIZE) return;
+        is_asleep_ = false;
+        if (pthread_getaffinity_np(thread_, sizeof all_, &all_) != 0) return;
+        others = all_;
+        CPU_CLR(static_cast<std::size_t>(here), &others);
+        is_sent_ = CPU_COUNT(&others) > 0 &&
+                   pthread_setaffinity_np(thread_, sizeof others, &others) == 0;
+    }
+    // The sleeper itself, awake: it may run on all processors again.
+    void is_awake() {
+        if (is_sent_) pthread_setaffinity_np(thread_, sizeof all_, &all_);
+        is_asleep_ = is_sent_ = false;
+    }
+
+private:
+    pthread_t thread_{};
+    bool is_asleep_ = false, is_sent_ = false;
+    cpu_set_t all_{};  // where it may run, if it is sent
+#else
+    void falls_asleep() {}
+    void is_woken_from_here() {}
+    void is_awake() {}
+#endif
+};
 
 // Units of one thread. It takes them from the front, and who has no more takes them as well.
 struct alignas(64) Range {
@@ -61,13 +105,16 @@ public:
         {
             const std::lock_guard<std::mutex> lock(sleep_);
             state_.store(++generation_ << 32 | kOpen, std::memory_order_release);
-            if (num_asleep_ > 0) wake_.notify_all();
+            if (num_asleep_ > 0) {
+                for (int i = 0; i < num_started_; ++i) sleepers_[i].is_woken_from_here();
+                wake_.notify_all();
+            }
         }
         work_on(work, 0);
         // Nothing is left to take. Who has not joined by now need not, and is not waited for.
         state_.fetch_and(~kOpen, std::memory_order_acq_rel);
         for (int i = 0; state_.load(std::memory_order_acquire) & kCount; ++i) {
-            if (i < 10000) pause();
+            if (i < 1000) pause();
             else std::this_thread::yield();
         }
     }
@@ -91,7 +138,7 @@ private:
     [[noreturn]] void serve(int slot) {
         std::uint64_t seen = 0;
         for (;;) {
-            const std::uint64_t generation = next_generation(seen);
+            const std::uint64_t generation = next_generation(seen, sleepers_[slot - 1]);
             seen = generation;
             std::uint64_t state = state_.load(std::memory_order_acquire);
             bool joined = false;
@@ -104,7 +151,7 @@ private:
         }
     }
 
-    std::uint64_t next_generation(std::uint64_t seen) {
+    std::uint64_t next_generation(std::uint64_t seen, Sleeper& sleeper) {
         const auto current = [this] { return state_.load(std::memory_order_acquire) >> 32; };
         const auto until = std::chrono::steady_clock::now() + kSpin;
         do {
@@ -115,8 +162,10 @@ private:
         } while (std::chrono::steady_clock::now() < until);
         std::unique_lock<std::mutex> lock(sleep_);
         ++num_asleep_;
+        sleeper.falls_asleep();
         wake_.wait(lock, [&] { return current() != seen; });
         --num_asleep_;
+        sleeper.is_awake();
         return current();
     }
 
@@ -139,6 +188,7 @@ private:
     std::atomic<std::uint64_t> state_{0};
     Work* work_ = nullptr;
     Range ranges_[kMaxThreads];
+    Sleeper sleepers_[kMaxThreads - 1];
 };
 
 // Never destroyed, for its threads wait until the process ends. A child of fork has none of them and

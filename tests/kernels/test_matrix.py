@@ -94,14 +94,19 @@ def test_activations_at_the_edges_of_float32_are_answered_as_the_reference_does(
         with np.errstate(all="ignore"):
             expected = int8_product(x, levels_of(codes, bit_width), scale, 16)
         assert np.array_equal(y, expected, equal_nan=True)
+        for row in range(len(x)):
+            alone = matrix.product(x[row : row + 1], scale, bit_width, mode="int8")
+            assert np.array_equal(alone, y[row : row + 1], equal_nan=True)
 
 
 @kernels
-def test_the_largest_sums_fit(kernel):
+@pytest.mark.parametrize("m", [1, 6])
+def test_the_largest_sums_fit(kernel, m):
     require(kernel)
     codes = np.full((2, MAX_GROUP_INPUTS), 127, np.uint8)
     codes[1] |= 128
-    x = np.ones((1, MAX_GROUP_INPUTS), np.float32)
+    x = np.ones((m, MAX_GROUP_INPUTS), np.float32)
+    x[-1] *= -1
     matrix = matrix_of(kernel, codes)
     for bit_width in (1, 2, 8):
         y = matrix.product(x, np.ones(2, np.float32), bit_width, mode="int8")

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,7 @@ built = pytest.mark.skipif(
 
 
 @variants
-@pytest.mark.parametrize("m", [63, 64, 65, 130])
+@pytest.mark.parametrize("m", [5, 6, 63, 64, 65, 130])
 @pytest.mark.parametrize("group_size", [None, 512])
 def test_more_rows_and_inputs_than_are_computed_at_a_time_give_the_product(variant, m, group_size):
     require(variant)
@@ -110,6 +111,27 @@ def test_a_child_of_fork_has_threads_of_its_own():
         os._exit(0 if all(np.array_equal(y, expected) for y in again) else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are not known")
+@built
+def test_threads_may_run_on_all_processors_after_they_were_woken_on_another():
+    x, codes, scale = drawn(5, 256, 1024, m=8)
+    matrix = matrix_of(native.available()[0], codes)
+    everywhere = os.sched_getaffinity(0)
+    for _ in range(5):
+        matrix.product(x, scale, 4, mode="int8", num_threads=3)
+        time.sleep(0.005)  # they sleep, and the next product wakes them
+
+    def masks():
+        threads = [int(path.name) for path in Path("/proc/self/task").iterdir()]
+        return [os.sched_getaffinity(thread) for thread in threads]
+
+    until = time.monotonic() + 10
+    while any(mask != everywhere for mask in masks()) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(masks()) > 2
+    assert all(mask == everywhere for mask in masks())
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is not known")
