@@ -1,5 +1,6 @@
-// A product, tile by tile, for every variant. Each variant's file includes this and compiles it with
-// flags of its own, so nothing here has external linkage.
+// A product, tile by tile, for every variant; of AVX-512 in the mode int8 it has the rest
+// (products_avx512_many.hpp). Each variant's file includes this and compiles it with flags of its own,
+// so nothing here has external linkage.
 //
 // `Isa` is what a variant has of its own:
 //     Bits                         registers to decode with (products_decode.hpp)
