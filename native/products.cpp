@@ -165,8 +165,8 @@ void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const flo
     parallel(job.num_row_blocks, m * job.in < kParallelInputs ? 1 : num_threads,
              [&](std::size_t begin, std::size_t end, int) {
                  for (std::size_t i = begin; i < end; ++i) {
-                     if (mode == Mode::int8) functions.pack_int8(job, x, i, codes, code_scales, corrections);
-                     else functions.pack_float(job, x, i, floats);
+                     if (mode == Mode::floating) functions.pack_float(job, x, i, floats);
+                     else functions.pack_int8(job, x, i, codes, code_scales, corrections);
                  }
              });
     parallel(matrix.num_tiles(), num_threads, [&](std::size_t begin, std::size_t end, int slot) {

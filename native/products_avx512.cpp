@@ -1,8 +1,8 @@
 // A line of a plane at a time, in one register.
 //
 // For up to four rows of activations a tile is multiplied while it is being decoded; for more, bytes
-// are decoded to the first cache and used for all rows (products_tiles.hpp). Sums are of integers, so
-// both ways give the same.
+// are decoded to the first cache and used for all rows (products_avx512_many.hpp). Sums are of
+// integers, so both ways give the same.
 
 #include <immintrin.h>
 

@@ -34,17 +34,17 @@ inline Chunk chunk_at(const ProductJob& job, std::size_t tile, std::size_t block
     return {bytes, tile, group, block, count, block == group * job.group_blocks, block + count == end};
 }
 
-// Adds the products of a chunk with a block of rows to y, or, of a part of a group, to `sums`; both
-// are (rows, 32). With `bits` it decodes the chunk as well, for itself and for blocks of rows that
-// come after, a line before its products: the processor does both at once. Not inlined: among
-// everything else in its caller, sums would not stay in registers.
+// Adds the products of a chunk with a block of rows, of which `first` is the first, to y, or, of a part
+// of a group, to `sums`; both are (rows, 32). With `bits` it decodes the chunk as well, for itself and
+// for blocks of rows that come after, a line before its products: the processor does both at once. Not
+// inlined: among everything else in its caller, sums would not stay in registers.
 template <int rows, int bits = 0>
-[[gnu::noinline]] void multiply(const ProductJob& job, const Chunk& chunk, std::size_t first_row,
+[[gnu::noinline]] void multiply(const ProductJob& job, const Chunk& chunk, std::size_t first,
                                 const float* scales, std::int32_t* sums, float* y) {
     std::uint8_t* w = chunk.bytes;
     std::size_t line = chunk.tile * job.row_blocks + chunk.block;
-    const std::int8_t* x = job.codes + (first_row * job.row_blocks + chunk.block * rows) * kBlockInputs;
-    const std::size_t begin = first_row * job.num_groups + chunk.group * rows;
+    const std::int8_t* x = job.codes + (first * job.row_blocks + chunk.block * rows) * kBlockInputs;
+    const std::size_t begin = first * job.num_groups + chunk.group * rows;
     const std::int32_t* corrections = job.corrections + begin;
     const float* code_scales = job.code_scales + begin;
     scales += chunk.group * kTileRows;
@@ -100,21 +100,21 @@ template <int rows, int bits = 0>
 }
 
 template <int rows>
-void decode_and_multiply(const ProductJob& job, const Chunk& chunk, std::size_t first_row,
+void decode_and_multiply(const ProductJob& job, const Chunk& chunk, std::size_t first,
                          const float* scales, std::int32_t* sums, float* y) {
     switch (job.bits) {
-        case 1: return multiply<rows, 1>(job, chunk, first_row, scales, sums, y);
-        case 2: return multiply<rows, 2>(job, chunk, first_row, scales, sums, y);
-        case 3: return multiply<rows, 3>(job, chunk, first_row, scales, sums, y);
-        case 4: return multiply<rows, 4>(job, chunk, first_row, scales, sums, y);
-        case 5: return multiply<rows, 5>(job, chunk, first_row, scales, sums, y);
-        case 6: return multiply<rows, 6>(job, chunk, first_row, scales, sums, y);
-        case 7: return multiply<rows, 7>(job, chunk, first_row, scales, sums, y);
+        case 1: return multiply<rows, 1>(job, chunk, first, scales, sums, y);
+        case 2: return multiply<rows, 2>(job, chunk, first, scales, sums, y);
+        case 3: return multiply<rows, 3>(job, chunk, first, scales, sums, y);
+        case 4: return multiply<rows, 4>(job, chunk, first, scales, sums, y);
+        case 5: return multiply<rows, 5>(job, chunk, first, scales, sums, y);
+        case 6: return multiply<rows, 6>(job, chunk, first, scales, sums, y);
+        case 7: return multiply<rows, 7>(job, chunk, first, scales, sums, y);
         default:
             // Among sums there are not enough registers to decode eight planes.
             decode_lines<8, Register>(job.planes, chunk.tile * job.row_blocks + chunk.block,
                                       chunk.num_blocks, 0, chunk.bytes);
-            return multiply<rows>(job, chunk, first_row, scales, sums, y);
+            return multiply<rows>(job, chunk, first, scales, sums, y);
     }
 }
 
@@ -140,8 +140,11 @@ inline void many_rows(const ProductJob& job, std::size_t tile, const float* scal
                     for (std::size_t k = 0; k < rows * kTileRows; ++k) to[k] = 0.0f;
                 }
                 with_rows(rows, [&]<int n>() {
-                    if (i == slab) decode_and_multiply<n>(job, chunk, first, scales, own, to);
-                    else multiply<n>(job, chunk, first, scales, own, to);
+                    // Blocks are as equal as can be: of five rows and more, none has fewer.
+                    if constexpr (n >= static_cast<int>(kBlockRows) / 2) {
+                        if (i == slab) decode_and_multiply<n>(job, chunk, first, scales, own, to);
+                        else multiply<n>(job, chunk, first, scales, own, to);
+                    }
                 });
                 if (next == job.row_blocks) store_tile(job, tile, first, rows, to);
             }

@@ -75,6 +75,20 @@ inline void rows_side_by_side(const __m256i* rows, __m256i* quads) {
     }
 }
 
+// The largest magnitudes of up to eight rows, as integers, which have the order of the numbers, with
+// NaN above infinity; 0 of rows that there are not.
+inline __m256i peaks_of(const float* x, std::size_t stride, std::size_t rows, std::size_t count) {
+    __m512i largest[kBlockRows] = {};
+    for (std::size_t row = 0; row < rows; ++row) {
+        __m512i most = _mm512_setzero_si512();
+        for_sixteens(x + row * stride, count, [&](std::size_t, __m512 v) {
+            most = _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(v)));
+        });
+        largest[row] = most;
+    }
+    return largest_lanes(largest);
+}
+
 // What pack_int8_rows computes, and corrections: what `bias`, which every byte of the weight is higher
 // than its level, adds to a sum is taken away.
 inline void pack_biased_rows(const ProductJob& job, const float* x, std::size_t row_block,
@@ -89,18 +103,7 @@ inline void pack_biased_rows(const ProductJob& job, const float* x, std::size_t 
         const std::size_t count = smaller(job.group_size, job.in - group * job.group_size);
         const std::size_t at = begin * job.num_groups + group * rows;
 
-        // Magnitudes as integers have the order of the numbers, with NaN above infinity.
-        __m512i largest[kBlockRows];
-        for (std::size_t row = 0; row < kBlockRows; ++row) {
-            largest[row] = _mm512_setzero_si512();
-            if (row >= rows) continue;
-            __m512i most = _mm512_setzero_si512();
-            for_sixteens(from + row * job.in, count, [&](std::size_t, __m512 v) {
-                most = _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(v)));
-            });
-            largest[row] = most;
-        }
-        const __m256i peaks = largest_lanes(largest);
+        const __m256i peaks = peaks_of(from, job.in, rows, count);
         const __m256 scales = _mm256_div_ps(_mm256_castsi256_ps(peaks), _mm256_set1_ps(127.0f));
         const __mmask8 is_finite = _mm256_cmplt_epi32_mask(peaks, _mm256_set1_epi32(0x7f800000));
         const __mmask8 is_plain =
@@ -117,8 +120,9 @@ inline void pack_biased_rows(const ProductJob& job, const float* x, std::size_t 
         for (std::size_t i = 0; i < count; i += 32) {
             __m256i of_rows[kBlockRows], quads[8];
             for (std::size_t row = 0; row < kBlockRows; ++row) {
+                const float* part = from + row * job.in + i;
                 of_rows[row] = row < rows && (is_plain >> row & 1)
-                                   ? codes_of(from + row * job.in + i, smaller(32, count - i), divisors[row])
+                                   ? codes_of(part, smaller(32, count - i), divisors[row])
                                    : _mm256_setzero_si256();
             }
             // Groups are padded to blocks of four quads.
