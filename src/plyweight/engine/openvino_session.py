@@ -1,9 +1,9 @@
 """OpenVINO as a backend.
 
 It wants a model whole, so the slots' values are written into the model's bytes in memory first;
-nothing goes to disk. Convolutions and products run as integers, as in ONNX Runtime, but what its
-kernels do between them is not quite what the graph says, so that values beside a threshold fall to
-its other side; docs/method.md, section 12, has by how much answers differ.
+nothing goes to disk. Convolutions and products run as integers, as in ONNX Runtime; between them it
+multiplies by the reciprocal of a step where ONNX Runtime divides by it, so that a value beside a
+threshold may fall to its other side. docs/method.md, section 12, has by how much answers differ.
 """
 
 import functools
@@ -19,6 +19,7 @@ from plyweight.artifact import Graph, Port
 from plyweight.engine.exactness import COLUMNS, INNER, LARGEST_SIGNED, LARGEST_UNSIGNED, ROWS
 from plyweight.engine.forms import Loaded
 from plyweight.engine.onnx_filled import filled
+from plyweight.engine.openvino_model import fused
 from plyweight.engine.session import (
     Array,
     SessionOptions,
@@ -63,6 +64,7 @@ class OpenVinoSession:
         try:
             core = _core(runtime)
             whole = core.read_model(data)
+            fused(whole)
             self._compiled = core.compile_model(whole, DEVICE, settings)
         except Exception as error:  # those of the runtime have no class in common
             raise GraphError(

@@ -8,6 +8,7 @@ import numpy as np
 
 from plyweight.artifact import Header, publish_atomically
 from plyweight.engine.backends import OPENVINO
+from plyweight.engine.openvino_model import fused
 from plyweight.engine.openvino_session import SETTINGS, openvino
 from plyweight.engine.session import first_line
 from plyweight.engine.values import Views
@@ -43,7 +44,9 @@ def write_openvino(
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder, path.name)
         try:
-            runtime.save_model(core.read_model(filled.data), draft, compress_to_fp16=False)
+            model = core.read_model(filled.data)
+            fused(model)
+            runtime.save_model(model, draft, compress_to_fp16=False)
             compiled = core.compile_model(draft, "CPU", dict(SETTINGS))
         except Exception as error:  # those of the runtime have no class in common
             raise GraphError(
