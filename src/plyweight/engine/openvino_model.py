@@ -249,11 +249,15 @@ def _constant(output: Any, depth: int = MAX_DEPTH) -> Array | None:
     if kind == "Convert":
         return inputs[0] if _is_whole(inputs[0]) else None
     x, low_in, high_in, low_out, high_out = inputs
-    if node.get_attributes()["levels"] != LEVELS or (low_out, high_out) != (0, HIGHEST):
+    if node.get_attributes()["levels"] != LEVELS or [
+        float(low_out.item()),
+        float(high_out.item()),
+    ] != [0.0, float(HIGHEST)]:
         return None
     if not low_in <= 0 < high_in < np.inf:
         return None
-    return np.rint(((x - low_in) / (high_in - low_in) * HIGHEST).clip(0, HIGHEST))
+    levels: Array = np.rint(((x - low_in) / (high_in - low_in) * HIGHEST).clip(0, HIGHEST))
+    return levels
 
 
 def _is_whole(value: Array) -> bool:
