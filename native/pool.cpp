@@ -15,6 +15,8 @@
 #endif
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -43,35 +45,44 @@ void pause() {
 // Linux wakes a thread on its own processor or on that of who wakes it, where it deems no other idle,
 // and in a virtual machine it deems none idle that the host has taken back, which it does when there
 // was nothing to do for a while. The two threads then share one processor for milliseconds, of which
-// the woken one may not get any until the caller sleeps. Elsewhere than on Linux nothing is done.
+// the woken one may not get any until the caller sleeps. Elsewhere than on Linux nothing is done, nor
+// where the system refuses (a filter of system calls, more processors than a cpu_set_t holds).
+//
+// What the thread has afterwards is a list of processors: those it could run on before. It does not
+// follow when those of a container become more.
 class Sleeper {
 public:
 #if defined(__linux__)
     void falls_asleep() {
-        thread_ = pthread_self();
+        thread_ = static_cast<pid_t>(syscall(SYS_gettid));  // gettid() is younger than some C libraries
         is_asleep_ = true;
     }
     void is_woken_from_here() {
-        cpu_set_t others;
         const int here = sched_getcpu();
         if (!is_asleep_ || here < 0 || here >= CPU_SETSIZE) return;
         is_asleep_ = false;
-        if (pthread_getaffinity_np(thread_, sizeof all_, &all_) != 0) return;
-        others = all_;
-        CPU_CLR(static_cast<std::size_t>(here), &others);
-        is_sent_ = CPU_COUNT(&others) > 0 &&
-                   pthread_setaffinity_np(thread_, sizeof others, &others) == 0;
+        if (sched_getaffinity(thread_, sizeof all_, &all_) != 0) return;
+        if (!CPU_ISSET(static_cast<std::size_t>(here), &all_)) return;  // it is elsewhere anyway
+        others_ = all_;
+        CPU_CLR(static_cast<std::size_t>(here), &others_);
+        is_sent_ = CPU_COUNT(&others_) > 0 &&
+                   sched_setaffinity(thread_, sizeof others_, &others_) == 0;
     }
-    // The sleeper itself, awake: it may run on all processors again.
+    // The sleeper itself, awake: it may run on all processors again, unless somebody else has said
+    // meanwhile where it may.
     void is_awake() {
-        if (is_sent_) pthread_setaffinity_np(thread_, sizeof all_, &all_);
+        cpu_set_t now;
+        if (is_sent_ && sched_getaffinity(thread_, sizeof now, &now) == 0 &&
+            CPU_EQUAL(&now, &others_)) {
+            sched_setaffinity(thread_, sizeof all_, &all_);
+        }
         is_asleep_ = is_sent_ = false;
     }
 
 private:
-    pthread_t thread_{};
+    pid_t thread_ = 0;
     bool is_asleep_ = false, is_sent_ = false;
-    cpu_set_t all_{};  // where it may run, if it is sent
+    cpu_set_t all_{}, others_{};  // where it may run, and where until it is awake, if it is sent
 #else
     void falls_asleep() {}
     void is_woken_from_here() {}

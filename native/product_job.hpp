@@ -44,7 +44,6 @@ struct ProductJob {
     // products with bytes to make them sums of products with levels, where a variant's bytes are others.
     const float* code_scales;
     const std::int32_t* corrections;
-    float* scratch;              // scratch_floats() for each thread
 };
 
 // Rows of block i of num_row_blocks: as equal as can be.

@@ -82,10 +82,11 @@ struct Isa {
     }
 
     // Rows `begin` and up to three more. Even and odd inputs have sums of their own, for a sum waits
-    // for the one before it; that is so for any number of rows, which would differ else.
+    // for the one before it; that is so for any number of rows, which would differ else. Not inlined,
+    // so that sums stay in registers.
     template <int rows, int begin>
-    [[gnu::noinline]] static void float_rows(const std::uint8_t* w, std::size_t quads, const float* x, float* sums,
-                           bool first) {
+    [[gnu::noinline]] static void float_rows(const std::uint8_t* w, std::size_t quads,
+                                             const float* x, float* sums, bool first) {
         constexpr int count = rows - begin < 4 ? rows - begin : 4;
         __m512 sum[2][count][2];
         PLYWEIGHT_UNROLL

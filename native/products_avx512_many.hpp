@@ -9,6 +9,7 @@
 
 #include <immintrin.h>
 
+#include "products_avx512.hpp"
 #include "products_tiles.hpp"
 
 namespace plyweight::avx512 {

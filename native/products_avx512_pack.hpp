@@ -120,9 +120,9 @@ inline void pack_biased_rows(const ProductJob& job, const float* x, std::size_t 
         for (std::size_t i = 0; i < count; i += 32) {
             __m256i of_rows[kBlockRows], quads[8];
             for (std::size_t row = 0; row < kBlockRows; ++row) {
-                const float* part = from + row * job.in + i;
                 of_rows[row] = row < rows && (is_plain >> row & 1)
-                                   ? codes_of(part, smaller(32, count - i), divisors[row])
+                                   ? codes_of(from + row * job.in + i, smaller(32, count - i),
+                                              divisors[row])
                                    : _mm256_setzero_si256();
             }
             // Groups are padded to blocks of four quads.

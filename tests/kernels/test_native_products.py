@@ -1,8 +1,11 @@
 """What native products have beyond what every kernel has: threads, memory, a border."""
 
+import ctypes
+import mmap
 import os
+import subprocess
+import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +15,8 @@ from kernels.weights import drawn, levels_of, matrix_of, require
 
 from plyweight import native
 from plyweight.codec import to_planes
-from plyweight.kernels.reference import int8_product
+from plyweight.kernels import pick
+from plyweight.kernels.reference import error_bound, float_product, int8_product
 
 VARIANTS = [name for name in native.KERNELS if name != native.REFERENCE]
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -23,7 +27,7 @@ built = pytest.mark.skipif(
 
 @variants
 @pytest.mark.parametrize("m", [5, 6, 63, 64, 65, 130])
-@pytest.mark.parametrize("group_size", [None, 512])
+@pytest.mark.parametrize("group_size", [None, 512, 40])
 def test_more_rows_and_inputs_than_are_computed_at_a_time_give_the_product(variant, m, group_size):
     require(variant)
     x, codes, scale = drawn(m, 35, 777, m=m, group_size=group_size)
@@ -31,6 +35,37 @@ def test_more_rows_and_inputs_than_are_computed_at_a_time_give_the_product(varia
     for bit_width in (1, 2, 5, 8):
         y = matrix.product(x, scale, bit_width, mode="int8", num_threads=2)
         assert np.array_equal(y, int8_product(x, levels_of(codes, bit_width), scale, group_size))
+
+
+def before_a_hole(array):
+    """A copy of ``array`` that ends where the process may not read."""
+    size = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
+    found = np.frombuffer(memory, array.dtype, array.size, size - array.nbytes)
+    found[:] = array.ravel()
+    return found.reshape(array.shape)
+
+
+@variants
+@pytest.mark.skipif(os.name != "posix", reason="there is no mprotect")
+@pytest.mark.parametrize("group_size", [None, 24])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 7), (5, 50), (40, 33)], ids=str)
+def test_nothing_is_read_beyond_activations_scales_and_planes(variant, group_size, shape):
+    require(variant)
+    for m in (1, 2, 5, 8, 13):
+        x, codes, scale = drawn(m, *shape, m=m, group_size=group_size)
+        matrix = pick(variant).matrix(shape, group_size=group_size)
+        for plane in to_planes(codes, 8):
+            matrix.add_plane(before_a_hole(plane))
+        for bit_width in (1, 4, 8):
+            given = before_a_hole(x), before_a_hole(scale), bit_width
+            right = x, levels_of(codes, bit_width), scale, group_size
+            y = matrix.product(*given, mode="int8")
+            assert np.array_equal(y, int8_product(*right))
+            y = matrix.product(*given, mode="float")
+            assert (abs(y - float_product(*right).astype("f8")) <= error_bound(*right)).all()
 
 
 @variants
@@ -113,25 +148,64 @@ def test_a_child_of_fork_has_threads_of_its_own():
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are not known")
-@built
-def test_threads_may_run_on_all_processors_after_they_were_woken_on_another():
-    x, codes, scale = drawn(5, 256, 1024, m=8)
-    matrix = matrix_of(native.available()[0], codes)
-    everywhere = os.sched_getaffinity(0)
-    for _ in range(5):
-        matrix.product(x, scale, 4, mode="int8", num_threads=3)
+# In a process of its own, where no other library has threads that come, go or are bound.
+WAKING = """
+import os, time
+from pathlib import Path
+
+import numpy as np
+from plyweight import native
+from plyweight.kernels import pick
+
+matrix = pick(native.available()[0]).matrix((256, 1024))
+matrix.add_plane(np.zeros(256 * 128, np.uint8))
+x, scale = np.ones((8, 1024), np.float32), np.ones(256, np.float32)
+
+
+def threads():
+    return {int(path.name) for path in Path("/proc/self/task").iterdir()}
+
+
+def wake_up():
+    for _ in range(10):
+        y = matrix.product(x, scale, 1, mode="int8", num_threads=3)
+        assert (y == 64 * 1024).all()
         time.sleep(0.005)  # they sleep, and the next product wakes them
 
-    def masks():
-        threads = [int(path.name) for path in Path("/proc/self/task").iterdir()]
-        return [os.sched_getaffinity(thread) for thread in threads]
 
+def wait_for(mask):
     until = time.monotonic() + 10
-    while any(mask != everywhere for mask in masks()) and time.monotonic() < until:
+    while time.monotonic() < until:
+        if all(os.sched_getaffinity(thread) == mask for thread in pool):
+            return
         time.sleep(0.01)
-    assert len(masks()) > 2
-    assert all(mask == everywhere for mask in masks())
+    raise SystemExit(f"not {mask}: {[os.sched_getaffinity(thread) for thread in pool]}")
+
+
+everywhere, others = os.sched_getaffinity(0), threads()
+one = {min(everywhere)}
+if IS_LIMITED:
+    os.sched_setaffinity(0, one)
+wake_up()
+pool = threads() - others
+assert len(pool) == 2, pool
+wait_for(one if IS_LIMITED else everywhere)
+for thread in pool:
+    os.sched_setaffinity(thread, one)
+wake_up()
+wait_for(one)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are not known")
+@pytest.mark.parametrize("is_limited", [False, True], ids=["all", "one"])
+@built
+def test_threads_may_run_where_they_could_before_they_were_woken_on_another_processor(is_limited):
+    code = f"IS_LIMITED = {is_limited}\n{WAKING}"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is not known")
