@@ -33,8 +33,11 @@ def test_more_rows_and_inputs_than_are_computed_at_a_time_give_the_product(varia
     x, codes, scale = drawn(m, 35, 777, m=m, group_size=group_size)
     matrix = matrix_of(variant, codes, group_size=group_size)
     for bit_width in (1, 2, 5, 8):
+        right = x, levels_of(codes, bit_width), scale, group_size
         y = matrix.product(x, scale, bit_width, mode="int8", num_threads=2)
-        assert np.array_equal(y, int8_product(x, levels_of(codes, bit_width), scale, group_size))
+        assert np.array_equal(y, int8_product(*right))
+        y = matrix.product(x, scale, bit_width, mode="float", num_threads=2)
+        assert (abs(y - float_product(*right).astype("f8")) <= error_bound(*right)).all()
 
 
 def before_a_hole(array):
