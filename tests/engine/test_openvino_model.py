@@ -8,9 +8,8 @@ from openvino import opset13 as operators
 from plyweight.engine.openvino_model import fused
 from plyweight.engine.openvino_session import SETTINGS
 
-STEP = np.float32(
-    0.25
-)  # a power of two, so that a grid is exact and no value is beside a threshold
+# A power of two, so that a grid is exact and no value is beside a threshold.
+STEP = np.float32(0.25)
 PASSES = {"Clamp", "Maximum", "Minimum"}
 
 
@@ -77,8 +76,71 @@ def test_levels_are_what_they_were(highest, zero_point, source):
     assert len(np.unique(found)) == min(highest + 1, len(np.unique(expected)))
 
 
-@pytest.mark.parametrize("source", [None, 0, 128])
+def channels_of(x, num_channels=16):
+    """A convolution that gives its input, so that bytes go in and integers are summed."""
+    ones = np.eye(num_channels, dtype=np.int8)[:, :, None, None]
+    scale = known(np.ones((num_channels, 1, 1, 1)))
+    weight = operators.multiply(operators.convert(operators.constant(ones), np.float32), scale)
+    return operators.convolution(x, weight, [1, 1], [0, 0], [0, 0], [1, 1])
+
+
+def second_rounding(highest, zero_point, source_zero_point, ratio, *, pool=None):
+    """One between convolutions, from a grid of ``ratio`` times its step."""
+    x = operators.parameter([-1, 16, 8, 8], np.float32)
+    sums = channels_of(values(rounded(x, 128), 128))
+    fine = STEP * np.float32(ratio)
+    before = values(rounded(sums, source_zero_point, fine), source_zero_point, fine)
+    if pool is not None:
+        before = operators.max_pool(before, *pool).output(0)
+    levels = clipped(rounded(before, zero_point), highest, lowest=0)
+    return openvino.Model([channels_of(values(levels, zero_point))], [x])
+
+
+def in_every_channel(seed=0):
+    """Pixels over all levels and beyond, beside no threshold of any of those grids."""
+    x = np.random.default_rng(seed).choice(beside_no_threshold(), (4, 16, 8, 8))
+    return x.astype(np.float32)
+
+
+def assert_it_computes_the_same(model, x):
+    expected = compiled(model)(x)[0]
+    fused(model)
+    np.testing.assert_allclose(compiled(model)(x)[0], expected, atol=float(STEP) / 100)
+
+
+@pytest.mark.parametrize("highest", [2, 3, 15, 63])
+@pytest.mark.parametrize(("zero_point", "source"), [(0, 0), (0, 128), (8, 0), (8, 8)])
+@pytest.mark.parametrize("ratio", [1, 2, 3, 0.5])
+def test_levels_of_one_grid_on_another_are_what_they_were(highest, zero_point, source, ratio):
+    """OpenVINO drops what it takes for no change, and rounds bounds to levels of the first grid."""
+    model = second_rounding(highest, min(zero_point, highest), source, ratio)
+    assert_it_computes_the_same(model, in_every_channel())
+
+
+@pytest.mark.parametrize("ratio", [1, 2])
 @pytest.mark.parametrize("highest", [3, 15])
+def test_so_are_those_that_were_moved_between(highest, ratio):
+    pool = [2, 2], [1, 1], [0, 0], [0, 0], [2, 2]
+    model = second_rounding(highest, 0, 128, ratio, pool=pool)
+    assert_it_computes_the_same(model, in_every_channel())
+
+
+@pytest.mark.parametrize("lowest", [0, None])
+@pytest.mark.parametrize("of_grid", [False, True])
+def test_a_bound_of_more_dimensions_stays_as_it_is(of_grid, lowest):
+    """It gives its dimensions to what it bounds."""
+    x = operators.parameter([-1], np.float32)
+    before = values(rounded(x, 0, STEP / 2), 0, STEP / 2) if of_grid else x
+    levels = rounded(before, 0)
+    if lowest is not None:
+        levels = operators.maximum(levels, known(lowest, np.uint8))
+    levels = operators.minimum(levels, known([[3]], np.uint8))
+    model = openvino.Model([values(levels, 0)], [x])
+    fused(model)
+    assert compiled(model)(beside_no_threshold())[0].shape == (1, len(beside_no_threshold()))
+
+
+@pytest.mark.parametrize(("source", "highest"), [(None, 3), (None, 15), (0, 3), (0, 15), (128, 15)])
 def test_no_clip_of_bytes_is_left(source, highest):
     model = activation(highest, 0, source, lowest=0)
     fused(model)

@@ -7,10 +7,13 @@ The graph rounds an activation of fewer than 8 bits to bytes and clips them:
     FakeQuantize (256 levels) -> Convert (u8) -> Maximum, Minimum -> Convert -> Subtract, Multiply
 
 OpenVINO fuses the FakeQuantize into the convolution before it, and the clip is a pass of its own
-over the bytes. Where floats are clamped before they are rounded, both are fused. An activation that
-was on another grid before has its kernel already, which takes no clamp; it becomes a FakeQuantize
-of 16 levels, which are OpenVINO's too (other numbers below 255 are not, and would stay floats), or
-of 256 levels of which the lowest are never reached, for nothing is negative: they end at 255.
+over the bytes. Where sums are clamped before they are rounded, both are fused. An activation that
+was on another grid before has its kernel already, which takes no clamp: OpenVINO clamps its bytes
+instead, and rounds the bounds to whole levels of the old grid. It becomes a FakeQuantize of 16
+levels, which are OpenVINO's too (other numbers below 255 are not, and would stay floats), or of 256
+levels of which the lowest are never reached, for nothing is negative: they end at 255. A
+FakeQuantize of 16 levels on a grid of the same step is taken for one that changes nothing, with all
+levels above the highest left in, so there is none. All else keeps its clip.
 
 A convolution that has a FakeQuantize, an addition and a FakeQuantize fused after it leaves out the
 rounding of the first one, for speed (OpenVINO 2026.4.1, the composer of oneDNN's post-operations in
@@ -32,8 +35,10 @@ __all__ = ["fused"]
 LEVELS, FEW_LEVELS = 256, 16  # that OpenVINO has kernels on bytes for
 HIGHEST = LEVELS - 1
 CONVOLUTIONS = frozenset(("Convolution", "GroupConvolution"))
+SUMS = CONVOLUTIONS | {"MatMul", "Parameter"}  # a parameter is what it is given, as sums are
 MAX_DEPTH = 8  # of what is computed from constants alone: a bound is four deep
 TOLERANCE = 1e-5  # of a step: a range and the step it was made of are rounded to float32
+SAME_STEP = 1e-2  # of a step; generous, for what OpenVINO takes for the same is not documented
 
 Array = NDArray[Any]
 
@@ -104,31 +109,40 @@ def _clipped(node: Any) -> _Clipped | None:
     low_in, high_in, low_out, high_out = ends
     if low_in is None or high_in is None or (low_out, high_out) != (0.0, float(HIGHEST)):
         return None
-    if not low_in <= 0 < high_in < np.inf or _constant(_source(quantize, 0)) is not None:
+    x = _source(quantize, 0)
+    if not low_in <= 0 < high_in < np.inf or _constant(x) is not None:
         return None
-    return _Clipped(node, _source(quantize, 0), low_in, high_in, int(highest))
+    if not _has_same_shape(node.output(0), x):
+        return None
+    return _Clipped(node, x, low_in, high_in, int(highest))
 
 
 def _rewrite(operators: Any, clipped: _Clipped) -> None:
     """Put in place of clipped levels what gives the same and is fused."""
     bytes_ = (np.float32(0), np.float32(clipped.highest))
     low, end = np.float32(clipped.low), np.float32(clipped.end)
-    is_on_a_grid = _dequantized(clipped.x) is not None
-    if is_on_a_grid and clipped.highest == FEW_LEVELS - 1:
-        quantize = operators.fake_quantize(clipped.x, low, end, *bytes_, FEW_LEVELS)
-    elif is_on_a_grid and _is_never_negative(clipped.x) and _values_after(clipped):
-        lowest = np.float32((clipped.highest - HIGHEST) * clipped.step)
-        quantize = operators.fake_quantize(clipped.x, lowest, end, lowest, end, LEVELS)
-        for output in _values_after(clipped):
-            _replace(output, quantize.output(0))
-        return
-    else:
+    grid = _dequantized(clipped.x)
+    if grid is None and _is_of_sums(clipped.x):
         clamped = operators.clamp(clipped.x, float(low), float(end))
         high = np.float32(clipped.high)
         ends = np.float32(0), np.float32(HIGHEST)
         quantize = operators.fake_quantize(clamped, low, high, *ends, LEVELS)
+    elif grid is None:
+        return
+    elif clipped.highest == FEW_LEVELS - 1 and not _is_near(grid[0], clipped.step, SAME_STEP):
+        quantize = operators.fake_quantize(clipped.x, low, end, *bytes_, FEW_LEVELS)
+    else:
+        lowest = np.float32((clipped.highest - HIGHEST) * clipped.step)
+        # A zero point of 0: nothing is negative. By an odd number of levels moved, what is between
+        # two of them would become the other one.
+        is_movable = grid[1] == 0 and clipped.highest % 2
+        if outputs := _values_after(clipped) if is_movable else []:
+            quantize = operators.fake_quantize(clipped.x, lowest, end, lowest, end, LEVELS)
+            for output in outputs:
+                output.replace(quantize.output(0))
+        return
     levels = operators.convert(quantize, np.uint8)
-    _replace(clipped.node.output(0), levels.output(0))
+    clipped.node.output(0).replace(levels.output(0))
 
 
 def _values_after(clipped: _Clipped) -> list[Any]:
@@ -142,7 +156,9 @@ def _values_after(clipped: _Clipped) -> list[Any]:
         if values is None:
             return []
         output, step, zero_point = values
-        if zero_point or abs(step - clipped.step) > TOLERANCE * step or clipped.low:
+        if zero_point or clipped.low or not _is_near(step, clipped.step, TOLERANCE):
+            return []
+        if not _has_same_shape(output, clipped.x):
             return []
         found.append(output)
     return found
@@ -187,10 +203,36 @@ def _dequantized(values: Any) -> tuple[float, float] | None:
     return step, zero_point
 
 
-def _is_never_negative(values: Any) -> bool:
-    """Whether they are made of levels with a zero point of 0."""
-    grid = _dequantized(values)
-    return grid is not None and grid[1] == 0
+def _has_same_shape(output: Any, other: Any) -> bool:
+    """Whether no constant on the way, of one number and several dimensions, added some."""
+    return bool(output.get_partial_shape() == other.get_partial_shape())
+
+
+def _is_near(step: float, other: float, tolerance: float) -> bool:
+    return abs(step - other) <= tolerance * step
+
+
+def _is_of_sums(values: Any, depth: int = MAX_DEPTH) -> bool:
+    """Whether floats are sums or inputs, and not bytes of a grid that were moved, as by a pooling.
+
+    OpenVINO moves the step of a grid behind all that moves bytes, and would clamp these.
+    """
+    node = values.get_node()
+    kind = _type(node)
+    if kind == "Relu" and depth:
+        return _is_of_sums(_source(node, 0), depth - 1)
+    if kind == "Add" and depth:
+        terms = [t for t in (_source(node, 0), _source(node, 1)) if _is_computed(t)]
+        return len(terms) == 2 or any(_is_of_sums(term, depth - 1) for term in terms)
+    return kind in SUMS
+
+
+def _is_computed(output: Any, depth: int = MAX_DEPTH) -> bool:
+    """Whether it is more than constants and a few operators on them."""
+    node = output.get_node()
+    if not depth or _type(node) == "Parameter":
+        return True
+    return any(_is_computed(_source(node, i), depth - 1) for i in range(len(node.inputs())))
 
 
 def _is_left_unrounded(quantize: Any) -> bool:
@@ -263,12 +305,6 @@ def _constant(output: Any, depth: int = MAX_DEPTH) -> Array | None:
 def _is_whole(value: Array) -> bool:
     """Whether a conversion to a byte, or from one, leaves it what it is."""
     return bool((value == np.rint(value)).all() and (value >= 0).all() and (value < LEVELS).all())
-
-
-def _replace(old: Any, new: Any) -> None:
-    """Let all that reads one output read another."""
-    for target in list(old.get_target_inputs()):
-        target.replace_source_output(new)
 
 
 def _readers(node: Any) -> Iterator[Any]:
