@@ -11,6 +11,8 @@ graph, and torch and engine classify the same images at every bit-width. The eng
 process of its own, in which torch is not imported: with ``--python``, that of an environment that
 does not even have it. In percent: how many get the same class from both, and the accuracies.
 
+``--backend openvino`` asks that runtime, and its table has a name of its own.
+
 With ``--grids`` also what agrees without fit_edges, where only the graph rounds the operands of
 additions and the inputs of poolings: see GRIDS, and plyweight/graph/ranges.py.
 """
@@ -47,6 +49,7 @@ from torch import nn
 import plyweight
 from plyweight.artifact import Graph
 from plyweight.demo import Digits, DigitsNet
+from plyweight.engine.backends import BACKENDS
 from plyweight.graph import build, ranges
 
 GRIDS = {
@@ -55,6 +58,7 @@ GRIDS = {
     "fractions": "its fraction of least squares",
     "float": "none, so in float",
 }
+DEFAULT_BACKEND = "onnxruntime"
 BATCH_SIZE, NUM_EXAMPLES = 250, 4
 BIT_WIDTHS, ACTIVATION_WIDTH = (2, 3, 4, 5, 6, 8), 8  # as benchmarks/calibration.py has them
 
@@ -90,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibrate", action="store_true", help="FILE has float weights")
     parser.add_argument("--images", type=int, default=10_000, help="how many")
     parser.add_argument("--grids", choices=list(GRIDS), nargs="*", default=[])
+    parser.add_argument(
+        "--backend", choices=list(BACKENDS), default=DEFAULT_BACKEND, help="of the engine"
+    )
     parser.add_argument("--python", default=sys.executable, help="to run the engine with")
     parser.add_argument("--out", type=Path, default=ROOT / "results", metavar="FOLDER")
     options = parser.parse_args(arguments)
@@ -99,11 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before, without = answers_of_torch(model, subject.images), {}
     for name in options.grids:
         with grids_of(name):
-            without[name] = answers_of_engine(model, subject, options.python)
+            without[name] = answers_of_engine(model, subject, options)
     report = plyweight.fit_edges(model, subject.examples)
     print(report, file=sys.stderr)
     of_torch = answers_of_torch(model, subject.images)
-    of_engine = answers_of_engine(model, subject, options.python)
+    of_engine = answers_of_engine(model, subject, options)
     rows = [
         {
             "bit_width": b,
@@ -174,14 +181,15 @@ def answers_of_torch(model: nn.Module, images: Images) -> Answers:
     return found
 
 
-def answers_of_engine(model: nn.Module, subject: Subject, python: str) -> Answers:
+def answers_of_engine(model: nn.Module, subject: Subject, options: argparse.Namespace) -> Answers:
     """What the packed model says, at each bit-width of its file, without torch."""
     with tempfile.TemporaryDirectory() as folder:
         path, inputs, answers = (Path(folder) / name for name in ("net", "x.npy", "answers.npz"))
         plyweight.pack(model, path, example_inputs=subject.examples)
         np.save(inputs, torch.cat(list(subject.images)).numpy())
         script = ROOT / "answers.py"
-        subprocess.run([python, script, path, inputs, answers], check=True)
+        command = [options.python, script, path, inputs, answers, options.backend]
+        subprocess.run(command, check=True)
         with np.load(answers, allow_pickle=False) as found:
             return {int(bit_width): found[bit_width] for bit_width in found}
 
@@ -217,8 +225,10 @@ def without_grids(plan: build.Plan) -> Graph:
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]], subject: Subject) -> None:
     """The tables, on the screen and in a file."""
-    net, num_images = options.net, len(subject.labels)
-    lines = [f"# {net}: the engine's answers against torch's\n"]
+    net, num_images, backend = options.net, len(subject.labels), options.backend
+    is_default = backend == DEFAULT_BACKEND
+    engine = "the engine" if is_default else backend
+    lines = [f"# {net}: {engine}'s answers against torch's\n"]
     lines += [f"{num_images:,} of {subject.what}, in %. The engine's process has no torch.\n"]
     lines += [
         "| bits | same class | accuracy, engine | accuracy, torch | torch before fit_edges |",
@@ -236,21 +246,23 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]], subject: Subj
             lines += [f"| {row['bit_width']} | {' | '.join(cells)} |"]
     command = ["python benchmarks/agreement.py"] + ["--data FOLDER"] * (net != "digits")
     command += [f"--net {net}"] + ["--calibrate"] * options.calibrate + ["FILE"]
+    command += [f"--backend {backend}"] * (not is_default)
     command += [f"--grids {' '.join(options.grids)}"] * bool(options.grids)
     conditions = {
         "command": " ".join(command),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
-        "versions": {name: version(name) for name in ("plyweight", "torch", "onnxruntime")},
+        "versions": {name: version(name) for name in ("plyweight", "torch", backend)},
         "date": time.strftime("%Y-%m-%d"),
         "num_images": num_images,
     }
     lines += [
         f"\n`{conditions['command']}` · {conditions['machine']} · torch {version('torch')} · "
-        f"onnxruntime {version('onnxruntime')} · {conditions['date']}\n"
+        f"{backend} {version(backend)} · {conditions['date']}\n"
     ]
     print("\n".join(lines))
     content = {"conditions": conditions, "rows": rows}
-    write_results(options.out, f"agreement-{net}", "\n".join(lines), content)
+    name = f"agreement-{net}" if is_default else f"agreement-{net}-{backend}"
+    write_results(options.out, name, "\n".join(lines), content)
 
 
 if __name__ == "__main__":
