@@ -24,6 +24,7 @@ Memory, loading and switching are measured in a process of their own, one for ea
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform
@@ -49,6 +50,7 @@ from results_files import write_results
 import plyweight
 
 BIT_WIDTHS, BATCHES, BACKENDS = (2, 3, 4, 6, 8), (1, 8), ("onnxruntime", "openvino")
+ACTIVATIONS = ("match", 8)  # as wide as the weights, and 8 bits at every bit-width
 SIZES = {"resnet20": 32, "resnet18": 224, "mobilenetv2": 224}
 ROUNDS = 12
 LOOK_S, IDLE_S, PATIENCE_S = 0.003, 0.0003, 1.0  # idle: at most so much CPU time in one look
@@ -93,7 +95,7 @@ def measured(name: str, *, quick: bool) -> Net:
 
 
 def made(name: str, folder: Path) -> tuple[dict[str, Run], Path]:
-    """Every variant, ready to answer, and the artifact."""
+    """Every variant, ready to answer, and the artifact with narrow activations."""
     import nncf
     import openvino
     import torch
@@ -109,11 +111,13 @@ def made(name: str, folder: Path) -> tuple[dict[str, Run], Path]:
     torch.set_num_threads(THREADS)
     net, images = net_of(name, SIZES[name]), images_of(16, SIZES[name])
     examples = torch.from_numpy(images)
-    model = plyweight.prepare(net, BIT_WIDTHS).eval()
-    with torch.no_grad():
-        model(examples)
-    path = folder / "net.layered.safetensors"
-    plyweight.pack(model, path, example_inputs=examples)
+    paths = {}
+    for activations in ACTIVATIONS:
+        model = plyweight.prepare(net, BIT_WIDTHS, activations=activations).eval()
+        with torch.no_grad():
+            model(examples)
+        paths[activations] = folder / f"{activations}.layered.safetensors"
+        plyweight.pack(model, paths[activations], example_inputs=examples)
     floats, ready, integers = (folder / f"{kind}.onnx" for kind in ("float", "ready", "int8"))
     batch = torch.export.Dim("batch")
     torch.onnx.export(
@@ -177,14 +181,19 @@ def made(name: str, folder: Path) -> tuple[dict[str, Run], Path]:
             )
         ),
     }
-    for backend in BACKENDS:
+    for backend, activations in itertools.product(BACKENDS, ACTIVATIONS):
         for bit_width in reversed(BIT_WIDTHS):
-            engine = plyweight.open(path, bit_width=bit_width, threads=THREADS, backend=backend)
-            port = engine.inputs[0].name
-            variants[f"plyweight {backend} {bit_width}"] = lambda x, engine=engine, port=port: (
-                engine.run({port: x})
-            )
-    return variants, path
+            name = f"plyweight {backend} W{bit_width}A{8 if activations == 8 else bit_width}"
+            if name not in variants:  # at 8 bits both are the same
+                variants[name] = in_plyweight(paths[activations], bit_width, backend)
+    return variants, paths["match"]
+
+
+def in_plyweight(path: Path, bit_width: int, backend: str) -> Run:
+    """An engine."""
+    engine = plyweight.open(path, bit_width=bit_width, threads=THREADS, backend=backend)
+    port = engine.inputs[0].name
+    return lambda x: engine.run({port: x})
 
 
 def in_onnxruntime(file: Path) -> Run:

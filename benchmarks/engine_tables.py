@@ -17,12 +17,13 @@ EAGER = "torch float"
 INTRODUCTION = """\
 # The engine beside other runtimes
 
-Random weights; `int8` is ONNX Runtime's static quantization (QDQ, per channel) of
-the same net, on both runtimes. Above 1 is faster. Each speed is a ratio of medians and, in
-brackets, the median of the ratios in the same round: where the host moves virtual cores, all of a
-round are slower alike. Before a variant is timed in a round nothing runs, until threads of the
-variant before have stopped spinning, and then it answers for 100 ms, until its own have a core
-each. MB are resident bytes above those of a process with the libraries loaded.
+Random weights; `int8` is ONNX Runtime's static quantization (QDQ, per channel) of the same net,
+on both runtimes. Above 1 is faster. Each speed is a ratio of medians and, in brackets, the
+median of the ratios in the same round: where the host moves virtual cores, all of a round are
+slower alike. Before a variant is timed in a round nothing runs, until threads of the variant
+before have stopped spinning, and then it answers for 100 ms, until its own have a core each.
+`W4A8`: weights of 4 bits and activations of 8. MB are resident bytes above those of a process
+with the libraries loaded.
 """
 
 
@@ -79,9 +80,14 @@ def _mark(net: Net, backend: str, batch: str, peer: str, least: float) -> str:
     """Whether every bit-width is that fast."""
     start = f"plyweight {backend} "
     variants = [variant for variant in net["seconds"][batch] if variant.startswith(start)]
-    lost = [v.removeprefix(start) for v in variants if _speed(net, batch, v, peer) < least]
-    verdict = f"**lost at {_listed(lost)} bits**" if lost else "holds at every bit-width"
-    return f"- {backend}, batch {batch}, {least:g} of {peer}: {verdict}"
+    held, lost = [], []
+    for variant in variants:
+        name = variant.removeprefix(start)
+        (lost if _speed(net, batch, variant, peer) < least else held).append(name)
+    verdicts = [f"holds at {_listed(held) if lost else 'every bit-width'}"] if held else []
+    if lost:
+        verdicts += [f"**lost at {_listed(lost)}**"]
+    return f"- {backend}, batch {batch}, {least:g} of {peer}: {'; '.join(verdicts)}"
 
 
 def _listed(names: Sequence[str]) -> str:
