@@ -181,6 +181,10 @@ def made(name: str, folder: Path) -> tuple[dict[str, Run], Path]:
             )
         ),
     }
+    for bit_width in reversed(BIT_WIDTHS):
+        exported = folder / f"{bit_width}.onnx"
+        plyweight.export(paths["match"], exported, bit_width=bit_width, to="onnx")
+        variants[f"OpenVINO W{bit_width}A{bit_width}"] = in_openvino(exported)
     for backend, activations in itertools.product(BACKENDS, ACTIVATIONS):
         for bit_width in reversed(BIT_WIDTHS):
             name = f"plyweight {backend} W{bit_width}A{8 if activations == 8 else bit_width}"

@@ -22,8 +22,8 @@ on both runtimes. Above 1 is faster. Each speed is a ratio of medians and, in br
 median of the ratios in the same round: where the host moves virtual cores, all of a round are
 slower alike. Before a variant is timed in a round nothing runs, until threads of the variant
 before have stopped spinning, and then it answers for 100 ms, until its own have a core each.
-`W4A8`: weights of 4 bits and activations of 8. MB are resident bytes above those of a process
-with the libraries loaded.
+`W4A8`: weights of 4 bits and activations of 8; `OpenVINO W4A4` is that graph, exported. MB are
+resident bytes above those of a process with the libraries loaded.
 """
 
 
@@ -71,23 +71,27 @@ def _speed(net: Net, batch: str, variant: str, peer: str) -> float:
 def _marks(name: str, net: Net) -> Iterator[str]:
     for backend, peer in PEERS.items():
         for batch in (ONE, EIGHT):
-            yield _mark(net, backend, batch, peer, OF_INT8)
+            yield _mark(net, backend, batch, OF_INT8, peer)
+            if backend == "openvino":
+                yield _mark(net, backend, batch, OF_INT8, None)
         if name in OF_TORCH_NETS:
-            yield _mark(net, backend, ONE, EAGER, OF_TORCH)
+            yield _mark(net, backend, ONE, OF_TORCH, EAGER)
 
 
-def _mark(net: Net, backend: str, batch: str, peer: str, least: float) -> str:
-    """Whether every bit-width is that fast."""
+def _mark(net: Net, backend: str, batch: str, least: float, peer: str | None) -> str:
+    """Whether every bit-width is that fast; without a peer beside OpenVINO on the same graph."""
     start = f"plyweight {backend} "
-    variants = [variant for variant in net["seconds"][batch] if variant.startswith(start)]
     held, lost = [], []
-    for variant in variants:
+    for variant in net["seconds"][batch]:
         name = variant.removeprefix(start)
-        (lost if _speed(net, batch, variant, peer) < least else held).append(name)
+        beside = peer or f"OpenVINO {name}"
+        if variant.startswith(start) and beside in net["seconds"][batch]:
+            (lost if _speed(net, batch, variant, beside) < least else held).append(name)
     verdicts = [f"holds at {_listed(held) if lost else 'every bit-width'}"] if held else []
     if lost:
         verdicts += [f"**lost at {_listed(lost)}**"]
-    return f"- {backend}, batch {batch}, {least:g} of {peer}: {'; '.join(verdicts)}"
+    of = peer or "OpenVINO on the same graph"
+    return f"- {backend}, batch {batch}, {least:g} of {of}: {'; '.join(verdicts)}"
 
 
 def _listed(names: Sequence[str]) -> str:
