@@ -6,15 +6,7 @@
 
 ResNet-20 for images of 32 x 32, ResNet-18 and MobileNetV2 for 224 x 224. The weights are random,
 with batch norm statistics of random images: what is measured does not depend on them. All with two
-threads, interleaved in one run. Two threads on two cores are easily disturbed, so every variant
-gets the same treatment in every round:
-
-    nothing runs    ONNX Runtime's threads spin for 40 ms after a request, and those of the variant
-                    before would take a core from this one
-    requests that   a thread that wakes up may share the caller's core until the system moves it,
-    are not timed   which takes up to 80 ms
-    requests that   of which the round keeps the median
-    are timed
+threads, interleaved in one run, each in turn as turns.py says, of which the round keeps the median.
 
 How far apart two virtual cores are changes every few seconds on some hosts, for all variants alike:
 beside the ratio of two variants' medians stands the median of their ratios in the same round.
@@ -46,6 +38,7 @@ sys.path.insert(0, str(ROOT.parent / "examples"))
 import numpy as np
 from engine_tables import Net, page
 from results_files import write_results
+from turns import seconds, turn
 
 import plyweight
 
@@ -53,8 +46,6 @@ BIT_WIDTHS, BATCHES, BACKENDS = (2, 3, 4, 6, 8), (1, 8), ("onnxruntime", "openvi
 ACTIVATIONS = ("match", 8)  # as wide as the weights, and 8 bits at every bit-width
 SIZES = {"resnet20": 32, "resnet18": 224, "mobilenetv2": 224}
 ROUNDS = 12
-LOOK_S, IDLE_S, PATIENCE_S = 0.003, 0.0003, 1.0  # idle: at most so much CPU time in one look
-SETTLING_S, TIMED_S, TIMED = 0.1, 0.02, 3  # at least so long, and at least so many requests
 WARM = 2**40
 COLD_ROUNDS = 5
 
@@ -225,30 +216,8 @@ def interleaved(
         run(x)  # which may compile
     for _ in range(rounds):
         for name, run in variants.items():
-            wait_until_idle()
-            repeated(lambda run=run: run(x), for_s=SETTLING_S, at_least=1)
-            timed = repeated(lambda run=run: run(x), for_s=TIMED_S, at_least=TIMED)
-            times[name].append(statistics.median(timed))
+            times[name].append(statistics.median(turn(lambda run=run: run(x))))
     return times
-
-
-def wait_until_idle() -> None:
-    """Until no thread of this process runs, or for as long as one can bear."""
-    end = time.perf_counter() + PATIENCE_S
-    while time.perf_counter() < end:
-        before = time.process_time()
-        time.sleep(LOOK_S)
-        if time.process_time() - before < IDLE_S:
-            return
-
-
-def repeated(call: Callable[[], object], *, for_s: float, at_least: int) -> list[float]:
-    """The seconds of each of the calls that fit in that time."""
-    found: list[float] = []
-    end = time.perf_counter() + for_s
-    while len(found) < at_least or time.perf_counter() < end:
-        found.append(seconds(call))
-    return found
 
 
 def holding(path: str, backend: str, side: int) -> dict[str, Any]:
@@ -280,13 +249,6 @@ def holding(path: str, backend: str, side: int) -> dict[str, Any]:
             cold[bit_width].append(seconds(lambda b=bit_width: engine.set_bit_width(b)))
         found["cold_s"] = {b: statistics.median(times) for b, times in cold.items()}
     return found
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """That ``call`` takes."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def resident_bytes() -> int:

@@ -6,9 +6,8 @@
     python benchmarks/kernels.py --quick --out FOLDER           whether it runs at all
 
 A piece is a shape and a number of threads; it replaces itself in benchmarks/results/kernels.json,
-and the tables are made anew from all pieces, README's too. In a round each variant has a turn: a
-pause, in which threads of the variant before stop to spin; two requests that are not timed; three
-that are.
+and the tables are made anew from all pieces, README's too. In a round each variant has a turn, as
+turns.py says; its time is the median of the rounds' medians, its fastest that of all requests.
 
 One matrix holds the planes of all eight bit-widths, as a loaded model does, for each granularity:
 by output channel, and groups of 128 and 32. Bandwidth is that of reading as many bytes as the
@@ -37,6 +36,7 @@ import numpy as np
 import torch
 from kernels_others import Product, onnxruntime_nbits, torch_dense, torch_int4, torch_int8
 from kernels_tables import as_markdown, short
+from turns import turn
 
 from plyweight import native
 from plyweight.artifact import publish_atomically
@@ -47,8 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 SHAPES = ("4096x4096", "11008x4096", "1024x1024", "512x2048", "32768x8192")
 BATCHES, BIT_WIDTHS, GROUPS = (1, 4, 16, 64), range(1, 9), (None, 128, 32)
-TIMED, PAUSE_S = 3, 0.002
-MIN_ROUNDS, MAX_ROUNDS = 3, 40
+MIN_ROUNDS, MAX_ROUNDS = 3, 12
 CHECKED_ROWS = 64
 
 
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, nargs="+", default=SHAPES, help="out x in")
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="rows, m")
-    parser.add_argument("--seconds", type=float, default=30.0, help="for each shape, threads and m")
+    parser.add_argument("--seconds", type=float, default=40.0, help="for each shape, threads and m")
     parser.add_argument("--kernel", default="auto", help="of ours")
     parser.add_argument("--quick", action="store_true", help="a small shape and a round")
     parser.add_argument("--tables", action="store_true", help="measure nothing, only write tables")
@@ -180,25 +179,23 @@ def check(matrix: PlaneMatrix, scale: np.ndarray, bit_width: int, mode: Any, thr
 def interleaved(variants: dict[str, Product], x: np.ndarray, budget_s: float) -> dict[str, Any]:
     """Median, smallest and largest seconds of a request; as many rounds as the budget allows."""
     inputs = {name: product.of(x) for name, product in variants.items()}
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    turns: dict[str, list[list[float]]] = {name: [] for name in variants}
     stop, rounds = time.perf_counter() + budget_s, 0
     with torch.inference_mode():
         while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() < stop):
             rounds += 1
             for name, product in variants.items():
-                time.sleep(PAUSE_S)
-                run, given = product.run, inputs[name]
-                run(given)
-                run(given)
-                for _ in range(TIMED):
-                    started = time.perf_counter()
-                    run(given)
-                    times[name].append(time.perf_counter() - started)
+                given = inputs[name]
+                turns[name].append(turn(lambda run=product.run, given=given: run(given)))
     return {
         "rounds": rounds,
         "seconds": {
-            name: [statistics.median(found), min(found), max(found)]
-            for name, found in times.items()
+            name: [
+                statistics.median(map(statistics.median, found)),
+                min(map(min, found)),
+                max(map(max, found)),
+            ]
+            for name, found in turns.items()
         },
     }
 

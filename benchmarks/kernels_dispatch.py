@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from torch import nn
+from turns import seconds
 
 import plyweight
 from plyweight.kernels import available
@@ -88,13 +88,6 @@ def medians(
         kernel_weight.DENSE_ROWS.clear()
         kernel_weight.DENSE_ROWS.update(kept)
     return statistics.median(times[0]), statistics.median(times[1])
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """That ``call`` takes."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from kernels import RESULTS, conditions, write
 from torch import nn
+from turns import seconds, turn
 
 import plyweight
 from plyweight import native
@@ -92,7 +93,7 @@ def measured(path: str, kernel: str, mode: Any) -> dict[str, Any]:
         found["eight_bits_bytes"] = resident_bytes() - before
         for bit_width in (2, 4, 8):
             plyweight.set_bit_width(net, bit_width)
-            found[f"call_{bit_width}_s"] = median(lambda: net(x))
+            found[f"call_{bit_width}_s"] = statistics.median(turn(lambda: net(x)))
         switches = [
             seconds(lambda b=b: plyweight.set_bit_width(net, b)) for b in BIT_WIDTHS[::-1] * 30
         ]
@@ -121,22 +122,6 @@ def longest_call(net: nn.Module, x: torch.Tensor, change: Callable[[], object]) 
     done.set()
     thread.join()
     return longest[0]
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """That ``call`` takes."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def median(call: Callable[[], object]) -> float:
-    """The median seconds of ``call``, of 30 or as many as fit into 2 seconds, after one more."""
-    call()
-    found: list[float] = []
-    while not found or (len(found) < 30 and sum(found) < 2):
-        found.append(seconds(call))
-    return statistics.median(found)
 
 
 def resident_bytes() -> int:
