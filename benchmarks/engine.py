@@ -9,7 +9,8 @@ with batch norm statistics of random images: what is measured does not depend on
 threads, interleaved in one run, each in turn as turns.py says, of which the round keeps the median.
 
 How far apart two virtual cores are changes every few seconds on some hosts, for all variants alike:
-beside the ratio of two variants' medians stands the median of their ratios in the same round.
+what counts is the median of two variants' ratios in the same round; beside it stands the ratio of
+their medians.
 
 Memory, loading and switching are measured in a process of their own, one for each backend.
 """

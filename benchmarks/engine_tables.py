@@ -18,12 +18,13 @@ INTRODUCTION = """\
 # The engine beside other runtimes
 
 Random weights; `int8` is ONNX Runtime's static quantization (QDQ, per channel) of the same net,
-on both runtimes. Above 1 is faster. Each speed is a ratio of medians and, in brackets, the
-median of the ratios in the same round: where the host moves virtual cores, all of a round are
-slower alike. Before a variant is timed in a round nothing runs, until threads of the variant
-before have stopped spinning, and then it answers for 100 ms, until its own have a core each.
-`W4A8`: weights of 4 bits and activations of 8; `OpenVINO W4A4` is that graph, exported. MB are
-resident bytes above those of a process with the libraries loaded.
+on both runtimes. Above 1 is faster. Each speed is the median of the ratios in the same round,
+and in brackets the ratio of the medians of all rounds: where the host moves virtual cores, all
+of a round are slower alike, which the second does not know. Before a variant is timed in a
+round nothing runs, until threads of the variant before have stopped spinning, and then it
+answers for 100 ms, until its own have a core each. `W4A8`: weights of 4 bits and activations of
+8; `OpenVINO W4A4` is that graph, exported. MB are resident bytes above those of a process with
+the libraries loaded.
 """
 
 
@@ -57,15 +58,15 @@ def _speeds(net: Net) -> Iterator[str]:
 
 def _shown(net: Net, batch: str, variant: str, peer: str) -> str:
     seconds = net["seconds"][batch]
-    pairs = zip(seconds[peer], seconds[variant], strict=True)
-    paired = statistics.median(there / here for there, here in pairs)
-    return f"{_speed(net, batch, variant, peer):.2f} ({paired:.2f})"
+    by_medians = statistics.median(seconds[peer]) / statistics.median(seconds[variant])
+    return f"{_speed(net, batch, variant, peer):.2f} ({by_medians:.2f})"
 
 
 def _speed(net: Net, batch: str, variant: str, peer: str) -> float:
-    """How many times as fast as ``peer``, by medians."""
+    """How many times as fast as ``peer``: the median of the rounds' ratios."""
     seconds = net["seconds"][batch]
-    return statistics.median(seconds[peer]) / statistics.median(seconds[variant])
+    pairs = zip(seconds[peer], seconds[variant], strict=True)
+    return statistics.median(there / here for there, here in pairs)
 
 
 def _marks(name: str, net: Net) -> Iterator[str]:
