@@ -20,8 +20,10 @@ struct Register {
     friend Register operator^(Register a, Register b) { return {_mm512_xor_si512(a.bits, b.bits)}; }
     friend Register operator<<(Register a, unsigned n) { return {_mm512_slli_epi16(a.bits, n)}; }
     friend Register operator>>(Register a, unsigned n) { return {_mm512_srli_epi16(a.bits, n)}; }
+    // The instruction overwrites its first operand: `a`, which is often not needed any more, where the
+    // mask would be copied every time.
     static Register select(Register mask, Register a, Register b) {
-        return {_mm512_ternarylogic_epi32(mask.bits, a.bits, b.bits, 0xca)};
+        return {_mm512_ternarylogic_epi32(a.bits, mask.bits, b.bits, 0xe2)};
     }
 };
 

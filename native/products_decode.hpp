@@ -20,12 +20,13 @@ namespace {
 
 constexpr int kHalfShift = 4;  // the low half of the rows has the low nibble
 
-// Two planes: pairs of odd places (quads 3 and 1) and of even ones (2 and 0), first plane on top.
+// Two planes: pairs of odd places (quads 3 and 1) and of even ones (2 and 0), first plane on top. Here
+// and below a shifted register is taken first, so that the other may be overwritten.
 template <class Bits>
 inline void pairs(Bits first, Bits second, Bits& odd, Bits& even) {
     const Bits mask = Bits::fill(0xaa);
-    odd = Bits::select(mask, first, second >> 1);
     even = Bits::select(mask, first << 1, second);
+    odd = Bits::select(mask, first, second >> 1);
 }
 
 // 1 to 4 planes: for each quad of inputs, a register whose high nibbles are the codes of the high
@@ -55,10 +56,10 @@ inline void nibbles(const Bits* planes, Bits* quads) {
             } else {
                 pairs(planes[2], planes[3], odd_low, even_low);
             }
-            quads[3] = Bits::select(mask, odd, odd_low >> 2);
             quads[1] = Bits::select(mask, odd << 2, odd_low);
-            quads[2] = Bits::select(mask, even, even_low >> 2);
+            quads[3] = Bits::select(mask, odd, odd_low >> 2);
             quads[0] = Bits::select(mask, even << 2, even_low);
+            quads[2] = Bits::select(mask, even, even_low >> 2);
         }
     }
 }
@@ -95,8 +96,8 @@ inline void codes(Bits* planes, Bits (*halves)[4]) {
         nibbles<bits - 4>(planes + 4, lows);
         PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
-            halves[1][quad] = Bits::select(high, tops[quad], lows[quad] >> 4);
             halves[0][quad] = Bits::select(high, tops[quad] << 4, lows[quad]);
+            halves[1][quad] = Bits::select(high, tops[quad], lows[quad] >> 4);
         }
     }
 }
