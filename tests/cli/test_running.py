@@ -9,6 +9,7 @@ from delivery.servers import hostile
 from engine.handmade import BIT_WIDTHS, IO, SIDE, images, residual_graph, write
 
 import plyweight
+from plyweight.cli import running
 
 PREPARED = IO | {
     "preprocessing": {
@@ -160,3 +161,13 @@ def test_bench_measures_every_width_that_is_held(capsys, artifact):
     code, out, _ = run(capsys, "bench", artifact, "--runs", 2, "-b", 4)
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()[1:3]] == ["2", "4"]
+
+
+@pytest.mark.parametrize("runs", [1, 7, 50])
+def test_bench_times_as_many_requests_as_were_asked_for_at_every_width(runs, artifact, monkeypatch):
+    monkeypatch.setattr(running, "SETTLING_S", 0)
+    with plyweight.open(artifact, warm_bytes=running.WARM_BYTES) as engine:
+        times, switches = running._in_turns(engine, {"input": images(1)}, runs)
+        assert engine.bit_width == BIT_WIDTHS[-1]
+    assert {b: len(found) for b, found in times.items()} == dict.fromkeys(BIT_WIDTHS, runs)
+    assert {len(found) for found in switches.values()} == {min(runs, running.TURNS)}

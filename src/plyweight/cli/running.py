@@ -50,6 +50,7 @@ Providers = Annotated[
 ]
 Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="onnxruntime or openvino.")]
 WARM_BYTES = 2**40  # a benchmark keeps every width
+TURNS, SETTLING_S = 5, 0.1  # of each width in a benchmark, and before it is timed in each
 
 
 def run(
@@ -130,7 +131,7 @@ def bench(
         open_s = time.perf_counter() - started
         feeds = _random_feeds(engine.inputs, batch)
         cold_s = dict(_cold_switches(engine))
-        times_s, warm_s = _interleaved(engine, feeds, runs)
+        times_s, warm_s = _in_turns(engine, feeds, runs)
         report = engine.report()
     rows = [
         {
@@ -162,7 +163,7 @@ def bench(
     typer.echo(
         f"\nopened in {open_s * 1e3:.1f} ms  layers {size(report.held_bytes)}  with the sessions "
         f"of all widths {size(report.resident_bytes)}  batch {batch}, {runs} requests each, "
-        "interleaved"
+        "in turns"
     )
 
 
@@ -259,21 +260,30 @@ def _cold_switches(engine: "Engine") -> Iterator[tuple[int, float]]:
             yield bit_width, time.perf_counter() - started
 
 
-def _interleaved(
+def _in_turns(
     engine: "Engine", feeds: Mapping[str, "NDArray[Any]"], runs: int
 ) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
-    """Seconds of each request and of each warm switch, by bit-width, one width after another."""
+    """Seconds of each request and of each warm switch, by bit-width, one width after another.
+
+    A turn begins with requests that are not timed: the threads of the width before spin for some
+    40 ms, and a thread that wakes up may share the caller's core for longer.
+    """
     times: dict[int, list[float]] = {b: [] for b in engine.bit_widths}
     switches: dict[int, list[float]] = {b: [] for b in engine.bit_widths}
-    for number in range(runs + 1):
+    turns = min(TURNS, runs)
+    for turn in range(turns):
         for bit_width in engine.bit_widths:
             started = time.perf_counter()
             engine.set_bit_width(bit_width)
-            switched = time.perf_counter()
-            engine.run(feeds)
-            if number:  # the first request of a session takes memory
-                times[bit_width].append(time.perf_counter() - switched)
-                switches[bit_width].append(switched - started)
+            switches[bit_width].append(time.perf_counter() - started)
+            settled = time.perf_counter() + SETTLING_S
+            engine.run(feeds)  # the first request of a session takes memory
+            while time.perf_counter() < settled:
+                engine.run(feeds)
+            for _ in range(runs * turn // turns, runs * (turn + 1) // turns):
+                started = time.perf_counter()
+                engine.run(feeds)
+                times[bit_width].append(time.perf_counter() - started)
     return times, switches
 
 
