@@ -172,7 +172,7 @@ def test_a_weight_that_a_kernel_cannot_hold_is_refused_before_anything_moves(gro
     class OfGroups:
         name, reason, device = "triton", "", "cpu"
 
-        def matrix(self, shape, *, group_size):
+        def matrix(self, shape, *, group_size, device):
             if shape == (24, 40):
                 raise KernelError(f"no groups of {group_size}")
 
