@@ -6,14 +6,13 @@ from collections import Counter
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
+from engine.running import run
 from graph.packed import IMAGES, NETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from plyweight.engine.exactness import does_saturate
 from plyweight.engine.onnx_filled import filled
 from plyweight.engine.onnx_model import external_initializers
 from plyweight.engine.onnx_nodes import OnnxModel
@@ -62,17 +61,6 @@ def chain_model(values, *, readers=("out",), clip=("", "out.highest"), more=(), 
     return helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9
     ).SerializeToString()
-
-
-def run(data, values, feeds):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    if does_saturate(onnxruntime):
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    data = filled(data, {name: np.asarray(value) for name, value in values.items()})
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)
 
 
 def as_arrays(values):

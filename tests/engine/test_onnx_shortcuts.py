@@ -5,15 +5,13 @@ from collections import Counter
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
+from engine.running import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from plyweight.engine.exactness import does_saturate
 from plyweight.engine.onnx_constants import MOST_INTEGERS, integers_of
-from plyweight.engine.onnx_filled import filled
 from plyweight.engine.onnx_nodes import OnnxModel
 from plyweight.engine.onnx_requantized import MACHINES, requantized
 from plyweight.engine.onnx_shortcuts import MOST_CHANNELS, shortcuts
@@ -109,17 +107,6 @@ class Model:
         return requantized(OnnxModel(self.data), {n: np.asarray(v) for n, v in self.values.items()})
 
 
-def run(data, values, x):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    if does_saturate(onnxruntime):
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    data = filled(data, {name: np.asarray(value) for name, value in values.items()})
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x})
-
-
 def operators(data):
     return Counter(node.op_type for node in onnx.load_from_string(data).graph.node)
 
@@ -146,12 +133,12 @@ def test_every_level_of_every_channel_stays(
     )
     data, values = model.changed()
     assert not {"Slice", "Pad"} & operators(data).keys()
-    source, found = run(data, values, model.x)
+    source, found = run(data, values, {"x": model.x})
     assert set(source.reshape(-1)) == set(range(256))
     wanted = np.full((1, before + channels + after, *found.shape[2:]), zero_point, np.uint8)
     wanted[:, before : before + channels] = source[:, :, ::rows, ::columns]
     assert np.array_equal(found, wanted)
-    assert np.array_equal(found, run(model.data, model.values, model.x)[1])
+    assert np.array_equal(found, run(model.data, model.values, {"x": model.x})[1])
 
 
 @pytest.mark.parametrize(
@@ -168,8 +155,8 @@ def test_slices_are_taken_together_however_they_are_split(slices):
     data, values = model.changed()
     assert operators(data)["QLinearConv"] == 1
     assert "Slice" not in operators(data)
-    wanted = run(model.data, model.values, model.x)
-    assert all(map(np.array_equal, run(data, values, model.x), wanted))
+    wanted = run(model.data, model.values, {"x": model.x})
+    assert all(map(np.array_equal, run(data, values, {"x": model.x}), wanted))
 
 
 @pytest.mark.parametrize(

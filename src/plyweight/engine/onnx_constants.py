@@ -10,7 +10,7 @@ from itertools import islice
 from plyweight.engine.onnx_model import NODE_ATTRIBUTE, TENSOR_DIMS, TENSOR_DTYPE, TENSOR_RAW
 from plyweight.engine.protobuf import Value, fields, integer_of, message_of, packed, text_of
 
-__all__ = ["constant_of", "integers_of"]
+__all__ = ["ATTRIBUTE_INTEGERS", "ATTRIBUTE_NAME", "constant_of", "integers_of"]
 
 INT64 = 7
 TENSOR_INT64 = 7

@@ -13,7 +13,12 @@ from functools import cached_property
 import numpy as np
 
 from plyweight.artifact.strict_json import shown
-from plyweight.engine.onnx_constants import constant_of, integers_of
+from plyweight.engine.onnx_constants import (
+    ATTRIBUTE_INTEGERS,
+    ATTRIBUTE_NAME,
+    constant_of,
+    integers_of,
+)
 from plyweight.engine.onnx_model import (
     ATTRIBUTE_GRAPHS,
     DTYPES,
@@ -54,8 +59,7 @@ from plyweight.errors import GraphError
 __all__ = ["Node", "Nodes", "OnnxModel", "rewritten"]
 
 NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_DOMAIN = 1, 2, 3, 7
-ATTRIBUTE_NAME, ATTRIBUTE_FLOAT, ATTRIBUTE_INTEGER, ATTRIBUTE_TEXT = 1, 2, 3, 4
-ATTRIBUTE_INTEGERS, ATTRIBUTE_TYPE = 8, 20
+ATTRIBUTE_FLOAT, ATTRIBUTE_INTEGER, ATTRIBUTE_TEXT, ATTRIBUTE_TYPE = 2, 3, 4, 20
 FLOAT_TYPE, INTEGER_TYPE, TEXT_TYPE, INTEGERS_TYPE = 1, 2, 3, 7
 GRAPH_INPUT, GRAPH_OUTPUT = 11, 12
 PORT_NAME = 1
