@@ -130,11 +130,12 @@ def ours(weight: np.ndarray, threads: int, kernel: str) -> dict[str, Product]:
     found = {}
     for group in GROUPS:
         matrix, scale = held(weight, group, kernel)
+        ready = matrix.ready_scale(scale)  # as a loaded model holds it
         for mode in MODES:
             for bit_width in BIT_WIDTHS:
                 check(matrix, scale, bit_width, mode, threads)
 
-                def run(x: Any, b: int = bit_width, m: Any = mode, h: Any = (matrix, scale)) -> Any:
+                def run(x: Any, b: int = bit_width, m: Any = mode, h: Any = (matrix, ready)) -> Any:
                     return h[0].product(x, h[1], b, mode=m, num_threads=threads)
 
                 num_bytes = matrix.nbytes * bit_width // 8 + scale.nbytes

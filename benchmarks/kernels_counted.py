@@ -102,7 +102,7 @@ def compute(kernel: str, bit_width: int, mode: str, products: int, *, stop: bool
     matrix = pick(kernel).matrix(SHAPE, group_size=GROUP)
     for _ in range(8):
         matrix.add_plane(rng.integers(0, 256, out * num_inputs // 8).astype(np.uint8))
-    scale = np.ones((out, num_inputs // GROUP), np.float32)
+    scale = matrix.ready_scale(np.ones((out, num_inputs // GROUP), np.float32))
     x = np.ones((1, num_inputs), np.float32)
     if stop:
         matrix.product(x, scale, bit_width, mode=mode)  # what only a first one does

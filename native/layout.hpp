@@ -14,11 +14,17 @@
 // which each plane has one cache line. A plane is its lines in order, tile by tile, and an allocation
 // of its own: adding one leaves the others where they are, and dropping one gives back its memory.
 //
-//     byte 4 l + q of a line, bit 4 h + i    is row 16 h + l, input 4 i + q of the block
+//     byte 4 l + q of a line of plane p, bit (4 h + i) ^ p    is row 16 h + l, input 4 i + q of the block
 //
 // so a register of 16 x 32 bits is 16 rows, each with four neighbouring inputs: what a dot product
 // of bytes takes, and no sum has to be gathered across a register. The eight bits of a byte are the
 // two halves of the rows (high bits and low bits) and four quads of inputs.
+//
+// That each plane has them in an order of its own is so that eight planes become bytes by choosing bits
+// alone, without moving any: the bits of item 4 h + i have eight different places in the eight planes,
+// and of each place there is one plane that has it for this item. In the byte that has been chosen, bit k
+// is of plane k ^ (4 h + i); one instruction puts the eight bits of a byte in order, where there is one
+// (products_avx512.hpp), and where there is none they are moved on the way (products_decode.hpp).
 //
 // Every group begins with a block: with a group size that is no multiple of 16, blocks are padded.
 #pragma once

@@ -15,6 +15,8 @@ namespace {
 
 // From this size on, pages of its own. (A heap might keep what is freed.)
 constexpr std::size_t kMappedBytes = std::size_t{1} << 16;
+// So far apart do planes begin in a page: eight of them are spread over its 64 lines.
+constexpr std::size_t kStaggerBytes = 9 * kLineBytes;
 
 constexpr const char* kNoMore = "8 planes are held; a code has no more bits";
 
@@ -61,6 +63,14 @@ std::uint32_t gathered(std::uint32_t bytes) {
     return (bytes | bytes >> 8) & 0xffffU;
 }
 
+// The bits of bytes in the order of a plane (layout.hpp): bit j to j ^ plane. It is its own inverse.
+std::uint32_t ordered(std::uint32_t x, int plane) {
+    if (plane & 1) x = (x & 0x55555555U) << 1 | (x >> 1 & 0x55555555U);
+    if (plane & 2) x = (x & 0x33333333U) << 2 | (x >> 2 & 0x33333333U);
+    if (plane & 4) x = (x & 0x0f0f0f0fU) << 4 | (x >> 4 & 0x0f0f0f0fU);
+    return x;
+}
+
 void store(std::uint8_t* bytes, std::uint32_t word) {
     for (int i = 0; i < 4; ++i) bytes[i] = static_cast<std::uint8_t>(word >> 8 * i);
 }
@@ -85,13 +95,16 @@ void for_each_run(const PlaneMatrix& matrix, Visit visit) {
 
 }  // namespace
 
-Lines::Lines(std::size_t bytes) : data_(nullptr), bytes_(bytes) {
+Lines::Lines(std::size_t bytes, [[maybe_unused]] int index) : data_(nullptr), bytes_(bytes) {
 #if defined(__linux__)
     if (bytes >= kMappedBytes) {
-        void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        const std::size_t begin = static_cast<std::size_t>(index) * kStaggerBytes;
+        mapped_ = bytes + begin;
+        void* pages = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (pages == MAP_FAILED) throw std::bad_alloc();
-        madvise(pages, bytes, MADV_HUGEPAGE);  // fewer misses of the TLB; a hint that may be ignored
-        data_ = static_cast<std::uint8_t*>(pages);
+        madvise(pages, mapped_, MADV_HUGEPAGE);  // fewer misses of the TLB; a hint that may be ignored
+        pages_ = pages;
+        data_ = static_cast<std::uint8_t*>(pages) + begin;
         return;
     }
 #endif
@@ -102,8 +115,8 @@ Lines::Lines(std::size_t bytes) : data_(nullptr), bytes_(bytes) {
 Lines::~Lines() {
     if (data_ == nullptr) return;
 #if defined(__linux__)
-    if (bytes_ >= kMappedBytes) {
-        munmap(data_, bytes_);
+    if (pages_ != nullptr) {
+        munmap(pages_, mapped_);
         return;
     }
 #endif
@@ -147,8 +160,9 @@ void PlaneMatrix::drop_plane() {
 
 void PlaneMatrix::add_plane(const std::uint8_t* wire) {
     const std::lock_guard<std::mutex> change(changing_);
-    if (num_planes() == kMaxBits) throw std::invalid_argument(kNoMore);
-    add(ready_plane(wire));
+    const int index = num_planes();
+    if (index == kMaxBits) throw std::invalid_argument(kNoMore);
+    add(ready_plane(wire, index));
 }
 
 void PlaneMatrix::add_plane(const ReadyPlane& plane) {
@@ -158,16 +172,20 @@ void PlaneMatrix::add_plane(const ReadyPlane& plane) {
 
 void PlaneMatrix::add(const ReadyPlane& plane) {
     const std::lock_guard<std::mutex> lock(access_);
-    if (num_planes_ == kMaxBits) throw std::invalid_argument(kNoMore);
+    if (num_planes_ != plane.index) {
+        throw std::invalid_argument("the plane was made ready as number " +
+                                    std::to_string(plane.index) + "; the next one is " +
+                                    std::to_string(num_planes_));
+    }
     if (plane.signs != planes_[0]) {
         throw std::invalid_argument("the plane was made ready for a matrix of other signs");
     }
     planes_[static_cast<std::size_t>(num_planes_++)] = plane.lines;
 }
 
-ReadyPlane PlaneMatrix::ready_plane(const std::uint8_t* wire) const {
-    const auto signs = num_planes() == 0 ? nullptr : planes(1)[0];
-    const auto plane = std::make_shared<const Lines>(plane_bytes());
+ReadyPlane PlaneMatrix::ready_plane(const std::uint8_t* wire, int index) const {
+    const auto signs = index == 0 ? nullptr : planes(1)[0];
+    const auto plane = std::make_shared<const Lines>(plane_bytes(), index);
     const std::size_t blocks = row_blocks();
     for (std::size_t tile = 0; tile < num_tiles(); ++tile) {
         const std::size_t rows = std::min(kTileRows, out_ - tile * kTileRows);
@@ -187,13 +205,15 @@ ReadyPlane PlaneMatrix::ready_plane(const std::uint8_t* wire) const {
             }
         });
     }
-    // The sign is held inverted, and magnitude bits xor the sign.
+    // The sign is held inverted, and magnitude bits xor the sign. (Signs are plane 0, whose order is
+    // that of the items.)
     const std::uint8_t* positive = signs == nullptr ? nullptr : signs->data();
     for (std::size_t i = 0; i < plane->bytes(); ++i) {
         const int flip = positive == nullptr ? 0xff : ~positive[i];
-        plane->data()[i] = static_cast<std::uint8_t>(plane->data()[i] ^ flip);
+        const auto bits = static_cast<std::uint8_t>(plane->data()[i] ^ flip);
+        plane->data()[i] = static_cast<std::uint8_t>(ordered(bits, index));
     }
-    return {plane, signs};
+    return {index, plane, signs};
 }
 
 void PlaneMatrix::copy_plane(int index, std::uint8_t* wire) const {
@@ -210,7 +230,7 @@ void PlaneMatrix::copy_plane(int index, std::uint8_t* wire) const {
                 for (std::size_t l = 0; l < 16; ++l) {
                     const std::size_t at = (tile * blocks + block + i) * kLineBytes + 4 * l;
                     const std::uint32_t flip = index == 0 ? 0 : load(positive + at);
-                    const std::uint32_t bits = ~(load(lines + at) ^ flip);
+                    const std::uint32_t bits = ~(ordered(load(lines + at), index) ^ flip);
                     nibbles[l] |= std::uint64_t{gathered(bits)} << 16 * i;
                     nibbles[16 + l] |= std::uint64_t{gathered(bits >> 4)} << 16 * i;
                 }
@@ -226,6 +246,28 @@ void PlaneMatrix::copy_plane(int index, std::uint8_t* wire) const {
             }
         });
     }
+}
+
+// A line of every row at a time, so that what is written stays in the first cache meanwhile.
+TiledScale PlaneMatrix::tiled(const float* scale) const {
+    const std::size_t bytes = num_tiles() * num_groups() * kTileRows * sizeof(float);
+    const auto lines = std::make_shared<const Lines>(bytes);
+    auto* to = reinterpret_cast<float*>(lines->data());
+    const std::size_t groups = num_groups();
+    constexpr std::size_t kRun = kLineBytes / sizeof(float);
+    for (std::size_t tile = 0; tile < num_tiles(); ++tile, to += groups * kTileRows) {
+        const float* from = scale + tile * kTileRows * groups;
+        const std::size_t rows = std::min(kTileRows, out_ - tile * kTileRows);
+        for (std::size_t begin = 0; begin < groups; begin += kRun) {
+            const std::size_t end = std::min(begin + kRun, groups);
+            for (std::size_t row = 0; row < rows; ++row) {
+                for (std::size_t group = begin; group < end; ++group) {
+                    to[group * kTileRows + row] = from[row * groups + group];
+                }
+            }
+        }
+    }
+    return {out_, groups, lines};
 }
 
 }  // namespace plyweight

@@ -11,11 +11,13 @@
 
 namespace plyweight {
 
-// Zeroed memory for a plane, aligned to a line; large ones in pages of their own, which go back to
-// the system when they are freed.
+// Zeroed memory for a plane, aligned to a line; a large one in pages of its own, which go back to the
+// system when it is freed. Planes of different `index` begin at different
+// places of a page there: they are read side by side, and lines at the same place of a page would take
+// each other's place in the first cache.
 class Lines {
 public:
-    explicit Lines(std::size_t bytes);
+    explicit Lines(std::size_t bytes, int index = 0);
     ~Lines();
     Lines(const Lines&) = delete;
     Lines& operator=(const Lines&) = delete;
@@ -26,15 +28,26 @@ public:
 private:
     std::uint8_t* data_;
     std::size_t bytes_;
+    void* pages_ = nullptr;
+    std::size_t mapped_ = 0;
 };
 
 // The first planes of a matrix, for as long as who computes with them holds them.
 using HeldPlanes = std::array<std::shared_ptr<const Lines>, kMaxBits>;
 
-// A plane in the compute layout that no matrix holds yet. But for a first one, its bits depend on the
-// signs of the matrix it is made for.
+// A plane in the compute layout that no matrix holds yet. Its bits depend on its number and, but for the
+// first one, on the signs of the matrix it is made for.
 struct ReadyPlane {
+    int index;
     std::shared_ptr<const Lines> lines, signs;
+};
+
+// Scales of a matrix in the compute layout: (tiles, groups, 32), zeros for rows that there are not.
+struct TiledScale {
+    std::size_t out, num_groups;
+    std::shared_ptr<const Lines> lines;
+
+    const float* data() const { return reinterpret_cast<const float*>(lines->data()); }
 };
 
 // May be used by several threads at once: what computes keeps the planes it began with.
@@ -59,9 +72,10 @@ public:
 
     // The next plane, in the wire layout: wire_bytes(). Throws std::invalid_argument at the ninth.
     void add_plane(const std::uint8_t* wire);
-    // The same in two steps, of which the first takes long and changes nothing. The plane is a first
-    // one where none is held. Throws std::invalid_argument if it was made for other signs.
-    ReadyPlane ready_plane(const std::uint8_t* wire) const;
+    // The same in two steps, of which the first takes long and changes nothing: the plane will have the
+    // number `index`. The second throws std::invalid_argument if another one is next, or if the plane
+    // was made for other signs. So does the first, of a plane but the first where there are no signs.
+    ReadyPlane ready_plane(const std::uint8_t* wire, int index) const;
     void add_plane(const ReadyPlane& plane);
     // Throws std::invalid_argument if there is none.
     void drop_plane();
@@ -69,6 +83,9 @@ public:
     HeldPlanes planes(int count) const;
     // Plane `index` in the wire layout again, byte for byte.
     void copy_plane(int index, std::uint8_t* wire) const;
+
+    // Scales (out, groups) in the compute layout.
+    TiledScale tiled(const float* scale) const;
 
 private:
     void add(const ReadyPlane& plane);  // by who holds changing_

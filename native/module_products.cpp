@@ -73,10 +73,11 @@ void add_plane(PlaneMatrix& self, const BytesIn& wire) {
     self.add_plane(wire.data());
 }
 
-ReadyPlane ready_plane(const PlaneMatrix& self, const BytesIn& wire) {
+ReadyPlane ready_plane(const PlaneMatrix& self, const BytesIn& wire, int index) {
     check_wire(self, wire);
+    if (index < 0 || index >= kMaxBits) refuse("there is no plane " + std::to_string(index));
     const nb::gil_scoped_release released;
-    return self.ready_plane(wire.data());
+    return self.ready_plane(wire.data(), index);
 }
 
 void add_ready(PlaneMatrix& self, const ReadyPlane& plane) {
@@ -111,20 +112,28 @@ nb::object levels_of(const PlaneMatrix& self, int bits, std::size_t start, std::
     return found.release(2);
 }
 
-nb::object product_of(const PlaneMatrix& self, const RowsIn& x, const FloatsIn& scale, int bits,
+TiledScale tiled_scale(const PlaneMatrix& self, const FloatsIn& scale) {
+    check_aligned(scale.data());
+    if (scale.shape(0) != self.out() * self.num_groups()) {
+        refuse(std::to_string(scale.shape(0)) + " scales; the weight has " +
+               std::to_string(self.out() * self.num_groups()));
+    }
+    const nb::gil_scoped_release released;
+    return self.tiled(scale.data());
+}
+
+nb::object product_of(const PlaneMatrix& self, const RowsIn& x, const TiledScale& scale, int bits,
                       const std::string& mode, Variant variant, int num_threads) {
     check_runs(variant);
     check_bits(bits);
     check_threads(num_threads);
     check_aligned(x.data());
-    check_aligned(scale.data());
     if (x.shape(1) != self.in()) {
         refuse("activations of " + std::to_string(x.shape(1)) + " inputs; the weight takes " +
                std::to_string(self.in()));
     }
-    if (scale.shape(0) != self.out() * self.num_groups()) {
-        refuse(std::to_string(scale.shape(0)) + " scales; the weight has " +
-               std::to_string(self.out() * self.num_groups()));
+    if (scale.out != self.out() || scale.num_groups != self.num_groups()) {
+        refuse("the scale is one of another matrix");
     }
     if (mode != "int8" && mode != "float") refuse("the mode is " + mode + "; give int8 or float");
     if (mode == "int8" && self.group_size() > kMaxGroupInputs) {
@@ -134,7 +143,7 @@ nb::object product_of(const PlaneMatrix& self, const RowsIn& x, const FloatsIn& 
     Array<float> y(x.shape(0), self.out());
     {
         const nb::gil_scoped_release released;
-        product(self, x.data(), x.shape(0), scale.data(), bits,
+        product(self, x.data(), x.shape(0), scale, bits,
                 mode == "int8" ? Mode::int8 : Mode::floating, variant, num_threads, y.data.get());
     }
     return y.release(2);
@@ -144,10 +153,11 @@ nb::object product_of(const PlaneMatrix& self, const RowsIn& x, const FloatsIn& 
 
 void bind_products(nb::module_& m) {
     nb::class_<ReadyPlane>(m, "ReadyPlane");
+    nb::class_<TiledScale>(m, "TiledScale");
     nb::class_<PlaneMatrix>(m, "PlaneMatrix")
         .def("__init__", &construct, nb::arg("out"), nb::arg("in_"), nb::arg("group_size"))
         .def("add_plane", &add_plane, nb::arg("plane").noconvert())
-        .def("ready_plane", &ready_plane, nb::arg("plane").noconvert())
+        .def("ready_plane", &ready_plane, nb::arg("plane").noconvert(), nb::arg("index"))
         .def("add_ready", &add_ready, nb::arg("plane"))
         .def("drop_plane", &PlaneMatrix::drop_plane, nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("num_planes", &PlaneMatrix::num_planes)
@@ -155,8 +165,9 @@ void bind_products(nb::module_& m) {
         .def("plane", &plane, nb::arg("index"))
         .def("levels", &levels_of, nb::arg("bits"), nb::arg("start"), nb::arg("stop"),
              nb::arg("variant"), nb::arg("num_threads"))
-        .def("product", &product_of, nb::arg("x").noconvert(), nb::arg("scale").noconvert(),
-             nb::arg("bits"), nb::arg("mode"), nb::arg("variant"), nb::arg("num_threads"));
+        .def("tiled_scale", &tiled_scale, nb::arg("scale").noconvert())
+        .def("product", &product_of, nb::arg("x").noconvert(), nb::arg("scale"), nb::arg("bits"),
+             nb::arg("mode"), nb::arg("variant"), nb::arg("num_threads"));
 }
 
 }  // namespace plyweight

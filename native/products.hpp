@@ -13,9 +13,9 @@ enum class Mode { int8, floating };
 
 // Both throw std::invalid_argument if fewer planes are held; other sizes are the caller's word.
 
-// y (m, out) = x (m, in) times the weight at `bits`. `scale` is (out, groups). All in C order. A
-// row of the result depends on its row of x alone, and not on num_threads.
-void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const float* scale, int bits,
+// y (m, out) = x (m, in) times the weight at `bits`. Both in C order. A row of the result
+// depends on its row of x alone, and not on num_threads.
+void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const TiledScale& scale, int bits,
              Mode mode, Variant variant, int num_threads, float* y);
 
 // The levels at `bits` of rows begin to end, (end - begin, in).

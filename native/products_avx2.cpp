@@ -26,14 +26,14 @@ struct Register {
         return {_mm256_or_si256(_mm256_and_si256(mask.bits, a.bits),
                                 _mm256_andnot_si256(mask.bits, b.bits))};
     }
+    static Register add_negative(Register bytes) {
+        const __m256i negative = _mm256_cmpgt_epi8(bytes.bits, _mm256_set1_epi8(-1));  // 0xff, or -1
+        return {_mm256_sub_epi8(bytes.bits, negative)};
+    }
 };
 
 struct Isa {
     using Bits = Register;
-
-    static void tile_scales(const ProductJob& job, std::size_t tile, float* scales) {
-        tile_scales_by_row(job, tile, scales);
-    }
 
     // Eight rows of the weight at a time. Bytes are multiplied as magnitude of the level times code
     // with the level's sign: sums of two products, at most 2 * 127 * 127, fit 16 bits.

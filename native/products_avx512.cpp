@@ -14,66 +14,11 @@
 namespace plyweight::avx512 {
 namespace {
 
-// 16 x 16 floats, rows to columns: neighbours first, then pairs, then quarters of a register.
-inline void transpose(__m512* r) {
-    __m512 t[16];
-    PLYWEIGHT_UNROLL
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    PLYWEIGHT_UNROLL
-    for (int i = 0; i < 16; i += 4) {
-        const auto pair = [&](int k) { return _mm512_castps_pd(t[i + k]); };
-        r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair(0), pair(2)));
-        r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair(0), pair(2)));
-        r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair(1), pair(3)));
-        r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pair(1), pair(3)));
-    }
-    PLYWEIGHT_UNROLL
-    for (int i = 0; i < 4; ++i) {
-        // Column i of each quarter, of rows 0 to 7 and of rows 8 to 15.
-        const __m512 a = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
-        const __m512 b = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
-        const __m512 c = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
-        const __m512 d = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
-        t[i] = _mm512_shuffle_f32x4(a, c, 0x88);
-        t[8 + i] = _mm512_shuffle_f32x4(a, c, 0xdd);
-        t[4 + i] = _mm512_shuffle_f32x4(b, d, 0x88);
-        t[12 + i] = _mm512_shuffle_f32x4(b, d, 0xdd);
-    }
-    PLYWEIGHT_UNROLL
-    for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
-
 // Up to so many rows a tile is multiplied while it is being decoded.
 constexpr std::size_t kFusedRows = 4;
 
 struct Isa {
     using Bits = Register;
-    static void tile_scales(const ProductJob& job, std::size_t tile, float* scales) {
-        const std::size_t rows = smaller(kTileRows, job.out - tile * kTileRows);
-        const float* from = job.scale + tile * kTileRows * job.num_groups;
-        for (std::size_t group = 0; group < job.num_groups; group += 16) {
-            const std::size_t groups = smaller(16, job.num_groups - group);
-            const auto there = static_cast<__mmask16>((1u << groups) - 1);
-            for (std::size_t half = 0; half < kTileRows; half += 16) {
-                __m512 block[16];
-                PLYWEIGHT_UNROLL
-                for (std::size_t i = 0; i < 16; ++i) {
-                    const std::size_t row = half + i;
-                    block[i] = row < rows ? _mm512_maskz_loadu_ps(
-                                                there, from + row * job.num_groups + group)
-                                          : _mm512_setzero_ps();
-                }
-                transpose(block);
-                for (std::size_t i = 0; i < groups; ++i) {
-                    _mm512_storeu_ps(scales + (group + i) * kTileRows + half, block[i]);
-                }
-            }
-        }
-    }
-
     template <int rows>
     static void float_dot(const std::uint8_t* w, std::size_t quads, const float* x, float* sums,
                           bool first) {
@@ -133,17 +78,19 @@ struct Isa {
 
 // How far ahead of every plane is fetched: eight planes are more streams than the processor follows by
 // itself. Far enough for what comes from memory; but what is on its way must leave room in the first
-// cache (48 KiB): 4 KiB of each of eight planes made products from the third cache a fourth slower.
+// cache, of which some have 32 KiB: with 20 KiB on its way products from the third cache took up to a
+// seventh longer.
 template <int bits>
-constexpr std::size_t kAheadBytes = smaller(4096, 20480 / bits / kLineBytes * kLineBytes);
+constexpr std::size_t kAheadBytes = smaller(4096, 12288 / bits / kLineBytes * kLineBytes);
 
 // There may be nothing at `at`: a prefetch does not fault.
 inline void fetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
 
-// A tile times 1 to 4 rows. `scales` is (groups, 32). `blocks`, of a group, is 0 if it is not known
+// A tile times 1 to 4 rows. `blocks`, of a group, is 0 if it is not known
 // when this is compiled, or not the same for all.
 template <int bits, int rows, int blocks>
-void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
+void fused_tile(const ProductJob& job, std::size_t tile) {
+    const float* scales = tile_scale(job, tile);
     const std::uint8_t* planes[bits];
     PLYWEIGHT_UNROLL
     for (int p = 0; p < bits; ++p) planes[p] = job.planes[p] + tile * job.row_blocks * kLineBytes;
@@ -151,13 +98,10 @@ void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
     PLYWEIGHT_UNROLL
     for (auto& row : y) row[0] = row[1] = _mm512_setzero_ps();
     const std::int8_t* x = job.codes;
-    // Those of the next tile are fetched meanwhile, for no processor foresees that they will be asked
-    // for all at once.
-    const float* next_scales = job.scale + (tile + 1) * kTileRows * job.num_groups;
     std::size_t line = 0;
     for (std::size_t group = 0; group < job.num_groups; ++group) {
         RowsSums<bits, rows> sums;
-        sums.clear();
+        sums.begin(job.corrections + group * rows);
         // The body stands twice: as a function of its own GCC 12 made it slower by a sixth at 8 bits.
         if constexpr (blocks == 0) {
             const std::size_t end = smaller((group + 1) * job.group_blocks, job.row_blocks);
@@ -187,16 +131,13 @@ void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
         PLYWEIGHT_UNROLL
         for (int half = 0; half < 2; ++half) {
             const std::size_t place = group * kTileRows + static_cast<std::size_t>(half) * 16;
-            fetch(next_scales + place);
-            const __m512 scale = _mm512_loadu_ps(scales + place);
+            const __m512 scale = _mm512_load_ps(scales + place);
             PLYWEIGHT_UNROLL
             for (int row = 0; row < rows; ++row) {
                 const std::size_t at = group * rows + static_cast<std::size_t>(row);
-                const __m512i whole = _mm512_add_epi32(sums.total(row, half),
-                                                       _mm512_set1_epi32(job.corrections[at]));
+                const __m512 whole = _mm512_cvtepi32_ps(sums.total(row, half));
                 const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(job.code_scales[at]), scale);
-                y[row][half] = _mm512_add_ps(y[row][half],
-                                             _mm512_mul_ps(_mm512_cvtepi32_ps(whole), factor));
+                y[row][half] = _mm512_add_ps(y[row][half], _mm512_mul_ps(whole, factor));
             }
         }
     }
@@ -211,17 +152,16 @@ void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
 }
 
 template <int rows, int blocks = 0>
-void fused(const ProductJob& job, std::size_t tile, const float* scales) {
+void fused(const ProductJob& job, std::size_t tile) {
     switch (job.bits) {
-        // From 6 planes on there are not enough registers for two lines at once.
-        case 1: return fused_tile<1, rows, blocks>(job, tile, scales);
-        case 2: return fused_tile<2, rows, blocks>(job, tile, scales);
-        case 3: return fused_tile<3, rows, blocks>(job, tile, scales);
-        case 4: return fused_tile<4, rows, blocks>(job, tile, scales);
-        case 5: return fused_tile<5, rows, blocks>(job, tile, scales);
-        case 6: return fused_tile<6, rows, 0>(job, tile, scales);
-        case 7: return fused_tile<7, rows, 0>(job, tile, scales);
-        default: return fused_tile<8, rows, 0>(job, tile, scales);
+        case 1: return fused_tile<1, rows, blocks>(job, tile);
+        case 2: return fused_tile<2, rows, blocks>(job, tile);
+        case 3: return fused_tile<3, rows, blocks>(job, tile);
+        case 4: return fused_tile<4, rows, blocks>(job, tile);
+        case 5: return fused_tile<5, rows, blocks>(job, tile);
+        case 6: return fused_tile<6, rows, blocks>(job, tile);
+        case 7: return fused_tile<7, rows, blocks>(job, tile);
+        default: return fused_tile<8, rows, blocks>(job, tile);
     }
 }
 
@@ -237,20 +177,18 @@ void pack_int8(const ProductJob& job, const float* x, std::size_t row_block, std
 }
 
 void int8_tiles(const ProductJob& job, std::size_t begin, std::size_t end, float* scratch) {
-    const Scratch own(job, scratch);
     for (std::size_t tile = begin; tile < end; ++tile) {
-        Isa::tile_scales(job, tile, own.scales);
         switch (job.m) {
             case 1:
                 // Groups of 32, whose ends come often.
-                if (job.group_blocks == 2 && job.row_blocks % 2 == 0) fused<1, 2>(job, tile, own.scales);
-                else fused<1>(job, tile, own.scales);
+                if (job.group_blocks == 2 && job.row_blocks % 2 == 0) fused<1, 2>(job, tile);
+                else fused<1>(job, tile);
                 break;
-            case 2: fused<2>(job, tile, own.scales); break;
-            case 3: fused<3>(job, tile, own.scales); break;
-            case 4: fused<4>(job, tile, own.scales); break;
+            case 2: fused<2>(job, tile); break;
+            case 3: fused<3>(job, tile); break;
+            case 4: fused<4>(job, tile); break;
             default:
-                many_rows(job, tile, own.scales, reinterpret_cast<std::int32_t*>(own.sums), own.y);
+                many_rows(job, tile, reinterpret_cast<std::int32_t*>(scratch + kTileSums), scratch);
         }
     }
 }

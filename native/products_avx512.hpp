@@ -27,6 +27,76 @@ struct Register {
     }
 };
 
+// An order of the bits of a byte, as the matrix that vgf2p8affineqb takes: bit o of a result is bit
+// `from(o)` of what is ordered, and 0 where that is negative.
+template <class From>
+constexpr long long bit_order(From from) {
+    unsigned long long rows = 0;
+    for (int bit = 0; bit < 8; ++bit) {
+        if (from(bit) >= 0) rows |= 1ULL << from(bit) << 8 * (7 - bit);
+    }
+    return static_cast<long long>(rows);
+}
+
+// The bytes of `r` in that order; bits of `flipped` are inverted then.
+template <std::uint8_t flipped = 0>
+inline Register ordered(Register r, long long order) {
+    return {_mm512_gf2p8affine_epi64_epi8(r.bits, _mm512_set1_epi64(order), flipped)};
+}
+
+// What `merge` does (products_decode.hpp), but all bits stay where they are.
+template <int n>
+inline void choose(Register first, Register second, Register& with, Register& without) {
+    const Register mask = Register::fill(n == 1 ? 0xaa : n == 2 ? 0xcc : 0xf0);
+    without = Register::select(mask, second, first);
+    with = Register::select(mask, first, second);
+}
+
+// 1 to 4 planes: for each quad of inputs, a register whose high nibbles are the codes of the high half
+// of the rows, its low nibbles those of the low half. Bit k of a nibble is of plane k ^ quad, or
+// anything where there is no such plane.
+template <int count>
+inline void chosen_nibbles(const Register* planes, Register* quads) {
+    Register odd = planes[0], even = planes[0];
+    if constexpr (count > 1) choose<1>(planes[0], planes[1], odd, even);
+    if constexpr (count <= 2) {
+        quads[3] = quads[1] = odd;
+        quads[2] = quads[0] = even;
+    } else {
+        Register odd_low = planes[2], even_low = planes[2];
+        if constexpr (count > 3) choose<1>(planes[2], planes[3], odd_low, even_low);
+        choose<2>(odd, odd_low, quads[3], quads[1]);
+        choose<2>(even, even_low, quads[2], quads[0]);
+    }
+}
+
+// What is said in products_decode.hpp, where it is found by the registers that it is called with.
+template <int bits>
+inline void codes(const Register* planes, Register (*halves)[4]) {
+    Register tops[4], lows[4];
+    chosen_nibbles<(bits < 4 ? bits : 4)>(planes, tops);
+    if constexpr (bits > 4) chosen_nibbles<bits - 4>(planes + 4, lows);
+    PLYWEIGHT_UNROLL
+    for (int quad = 0; quad < 4; ++quad) {
+        Register high = tops[quad], low = tops[quad];
+        if constexpr (bits > 4) choose<4>(tops[quad], lows[quad], high, low);
+        PLYWEIGHT_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            // Bit k is of plane k ^ item, and plane 0 belongs on top.
+            const int item = 4 * half + quad;
+            const auto from = [&](int bit) { return bit < 8 - bits ? -1 : (7 - bit) ^ item; };
+            Register& code = halves[half][quad];
+            code = half == 1 ? high : low;
+            if (bits < 8 || item < 7) code = ordered(code, bit_order(from));
+            if constexpr (bits == 8) {
+                // 0xff, which is -1, for bytes below 128.
+                const Register negative = ordered<0xff>(code, bit_order([](int) { return 7; }));
+                code = {_mm512_sub_epi8(code.bits, negative.bits)};
+            }
+        }
+    }
+}
+
 // Adds, to each of 16 sums, products of four unsigned bytes of `w` and four signed ones of `x`.
 // Written as an instruction, because GCC 12 copies every sum before and after the intrinsic, which
 // makes a loop of eight rows 1.4 times as long.
@@ -41,21 +111,22 @@ inline __m512i four(const std::int8_t* x) {
     return _mm512_set1_epi32(word);
 }
 
-// Sums of one line of every plane with one row of activations, for each half of the rows. Where
-// codes stay where they are in their bytes, a sum is of codes times a power of two; `total` brings
-// all to codes at the top of bytes.
+// Sums of a group: of lines of every plane with one row of activations, for each half of the rows, and
+// of the correction that they begin with. Where codes stay where they are in their bytes, a sum is of
+// codes times a power of two; `total` brings all to codes at the top of bytes.
 template <int bits>
 struct LineSums;
 
 // A bit of every byte is a code: sums of its eight places.
 template <>
 struct LineSums<1> {
-    __m512i sum[8];
-    void clear() {
+    __m512i sum[8], correction;
+    void begin(std::int32_t from) {
         PLYWEIGHT_UNROLL
         for (__m512i& s : sum) s = _mm512_setzero_si512();
+        correction = _mm512_set1_epi32(from);
     }
-    void add(Register* planes, const std::int8_t* x) {
+    void add(const Register* planes, const std::int8_t* x) {
         PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
             const __m512i codes = four(x + 4 * quad);
@@ -71,21 +142,24 @@ struct LineSums<1> {
         const __m512i* s = sum + 4 * half;
         const __m512i low = _mm512_add_epi32(_mm512_slli_epi32(s[0], 3), _mm512_slli_epi32(s[1], 2));
         const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(s[2], 1), s[3]);
-        return _mm512_slli_epi32(_mm512_add_epi32(low, high), half == 0 ? 4 : 0);
+        const __m512i all = _mm512_slli_epi32(_mm512_add_epi32(low, high), half == 0 ? 4 : 0);
+        return _mm512_add_epi32(all, correction);
     }
 };
 
 // Pairs of bits: sums of four places.
 template <>
 struct LineSums<2> {
-    __m512i sum[4];
-    void clear() {
+    __m512i sum[4], correction;
+    void begin(std::int32_t from) {
         PLYWEIGHT_UNROLL
         for (__m512i& s : sum) s = _mm512_setzero_si512();
+        correction = _mm512_set1_epi32(from);
     }
-    void add(Register* planes, const std::int8_t* x) {
+    void add(const Register* planes, const std::int8_t* x) {
         Register found[2];
-        pairs(planes[0], planes[1], found[1], found[0]);
+        choose<1>(planes[0], planes[1], found[1], found[0]);
+        found[0] = ordered(found[0], bit_order([](int bit) { return bit ^ 1; }));
         PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
             const __m512i codes = four(x + 4 * quad);
@@ -100,82 +174,55 @@ struct LineSums<2> {
     __m512i total(int half) const {
         const __m512i* s = sum + 2 * half;
         const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(s[0], 2), s[1]);
-        return _mm512_slli_epi32(both, half == 0 ? 4 : 0);
+        return _mm512_add_epi32(_mm512_slli_epi32(both, half == 0 ? 4 : 0), correction);
     }
 };
 
-// Nibbles: sums of whole bytes and of their low nibbles.
+// Nibbles: sums of whole bytes, which begin with the correction, and of their low nibbles.
 template <int bits>
     requires(bits == 3 || bits == 4)
 struct LineSums<bits> {
-    __m512i whole[2], low[2];
-    void clear() {
-        whole[0] = whole[1] = low[0] = low[1] = _mm512_setzero_si512();
+    __m512i whole[2], low[2], correction;
+    void begin(std::int32_t from) {
+        correction = whole[0] = _mm512_set1_epi32(from);
+        whole[1] = low[0] = low[1] = _mm512_setzero_si512();
     }
-    void add(Register* planes, const std::int8_t* x) {
+    void add(const Register* planes, const std::int8_t* x) {
         Register quads[4];
-        nibbles<bits>(planes, quads);
+        chosen_nibbles<bits>(planes, quads);
         PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
+            const auto from = [&](int bit) { return bit % 4 < 4 - bits ? -1 : bit ^ 3 ^ quad; };
+            if (bits < 4 || quad < 3) quads[quad] = ordered(quads[quad], bit_order(from));
             const __m512i codes = four(x + 4 * quad);
             add_products(whole[quad % 2], quads[quad].bits, codes);
             add_products(low[quad % 2], (quads[quad] & Register::fill(0x0f)).bits, codes);
         }
     }
     __m512i total(int half) const {
-        const auto of = [](const __m512i* s) { return _mm512_add_epi32(s[0], s[1]); };
-        return half == 0 ? _mm512_slli_epi32(of(low), 4) : _mm512_sub_epi32(of(whole), of(low));
+        const __m512i lows = _mm512_add_epi32(low[0], low[1]);
+        if (half == 0) return _mm512_add_epi32(_mm512_slli_epi32(lows, 4), correction);
+        return _mm512_sub_epi32(_mm512_add_epi32(whole[0], whole[1]), lows);
     }
 };
 
-// Bytes. GCC 12 makes the loop of eight planes slower by a quarter where a half has one sum.
-template <int bits>
-    requires(bits > 4)
-struct LineSums<bits> {
-    static constexpr int kWays = bits == 8 ? 4 : 1;
-    __m512i sum[2][kWays];
-    void clear() {
-        PLYWEIGHT_UNROLL
-        for (auto& half : sum) {
-            PLYWEIGHT_UNROLL
-            for (__m512i& s : half) s = _mm512_setzero_si512();
-        }
-    }
-    void add(Register* planes, const std::int8_t* x) {
-        Register halves[2][4];
-        codes<bits>(planes, halves);
-        PLYWEIGHT_UNROLL
-        for (int quad = 0; quad < 4; ++quad) {
-            const __m512i some = four(x + 4 * quad);
-            PLYWEIGHT_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                add_products(sum[half][quad % kWays], halves[half][quad].bits, some);
-            }
-        }
-    }
-    __m512i total(int half) const {
-        const __m512i* s = sum[half];
-        if constexpr (kWays == 1) return s[0];
-        else return _mm512_add_epi32(_mm512_add_epi32(s[0], s[1]), _mm512_add_epi32(s[2], s[3]));
-    }
-};
-
-// The same for several rows of activations, which share the codes.
+// Bytes, of several rows of activations, which share the codes. A sum waits for the one before it, so
+// one or two rows have two sums for each half.
 template <int bits, int rows>
 struct RowsSums {
-    static constexpr int kWays = rows == 2 ? 2 : 1;
+    static constexpr int kWays = rows <= 2 ? 2 : 1;
     __m512i sum[rows][2][kWays];
-    void clear() {
+    void begin(const std::int32_t* corrections) {
         PLYWEIGHT_UNROLL
-        for (auto& row : sum) {
+        for (int row = 0; row < rows; ++row) {
             PLYWEIGHT_UNROLL
-            for (auto& half : row) {
-                PLYWEIGHT_UNROLL
-                for (__m512i& s : half) s = _mm512_setzero_si512();
+            for (int half = 0; half < 2; ++half) {
+                sum[row][half][0] = _mm512_set1_epi32(corrections[row]);
+                if constexpr (kWays == 2) sum[row][half][1] = _mm512_setzero_si512();
             }
         }
     }
-    void add(Register* planes, const std::int8_t* x) {
+    void add(const Register* planes, const std::int8_t* x) {
         Register halves[2][4];
         codes<bits>(planes, halves);
         PLYWEIGHT_UNROLL
@@ -192,13 +239,16 @@ struct RowsSums {
         }
     }
     __m512i total(int row, int half) const {
-        return kWays == 1 ? sum[row][half][0]
-                          : _mm512_add_epi32(sum[row][half][0], sum[row][half][kWays - 1]);
+        const __m512i* s = sum[row][half];
+        return kWays == 1 ? s[0] : _mm512_add_epi32(s[0], s[kWays - 1]);
     }
 };
 
+// One row and codes that are not brought to bytes.
 template <int bits>
+    requires(bits <= 4)
 struct RowsSums<bits, 1> : LineSums<bits> {
+    void begin(const std::int32_t* corrections) { LineSums<bits>::begin(*corrections); }
     __m512i total(int, int half) const { return LineSums<bits>::total(half); }
 };
 

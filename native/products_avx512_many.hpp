@@ -111,17 +111,13 @@ void decode_and_multiply(const ProductJob& job, const Chunk& chunk, std::size_t 
         case 5: return multiply<rows, 5>(job, chunk, first, scales, sums, y);
         case 6: return multiply<rows, 6>(job, chunk, first, scales, sums, y);
         case 7: return multiply<rows, 7>(job, chunk, first, scales, sums, y);
-        default:
-            // Among sums there are not enough registers to decode eight planes.
-            decode_lines<8, Register>(job.planes, chunk.tile * job.row_blocks + chunk.block,
-                                      chunk.num_blocks, 0, chunk.bytes);
-            return multiply<rows>(job, chunk, first, scales, sums, y);
+        default: return multiply<rows, 8>(job, chunk, first, scales, sums, y);
     }
 }
 
-// A tile times all rows, a slab at a time. `scales` is (groups, 32).
-inline void many_rows(const ProductJob& job, std::size_t tile, const float* scales,
-                      std::int32_t* sums, float* y) {
+// A tile times all rows, a slab at a time.
+inline void many_rows(const ProductJob& job, std::size_t tile, std::int32_t* sums, float* y) {
+    const float* scales = tile_scale(job, tile);
     alignas(kLineBytes) std::uint8_t bytes[kChunkBlocks * 8 * kLineBytes];
     constexpr std::size_t slab_blocks = kSlabRows / kBlockRows;
     for (std::size_t slab = 0; slab < job.num_row_blocks; slab += slab_blocks) {

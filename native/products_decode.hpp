@@ -1,12 +1,15 @@
 // From planes to codes, in whatever registers a variant has. Each variant's file includes this and
 // compiles it with flags of its own, so nothing here has external linkage.
 //
-// A register holds 8 bits of every plane for each of its bytes: bit 4 h + i belongs to half h of the
-// rows and quad i of the inputs (layout.hpp). Planes are merged in three steps of a transposition:
-// two planes to pairs of bits, pairs to nibbles, nibbles to bytes. What a step takes from a shifted
-// register never comes out of another byte, so words of any length can be shifted.
+// A register holds 8 bits of every plane for each of its bytes; of plane p, bit (4 h + i) ^ p belongs to
+// half h of the rows and quad i of the inputs (layout.hpp), which is an item here. Planes are merged in
+// three steps of a transposition: planes to pairs of bits, pairs to nibbles, nibbles to bytes. A step
+// takes half of the items' bits from where they are, for that is how planes are laid out, and shifts the
+// others into place. What it takes from a shifted register never comes out of another byte, so words of
+// any length can be shifted.
 //
-// `Bits` is a register:  load, fill(byte), &, |, <<, >>, select(mask, a, b): a where mask is 1, else b.
+// `Bits` is a register:  load, fill(byte), &, |, <<, >>, select(mask, a, b): a where mask is 1, else b,
+// and add_negative(bytes): bytes below 128 are one more.
 #pragma once
 
 #include <cstddef>
@@ -18,15 +21,13 @@
 namespace plyweight {
 namespace {
 
-constexpr int kHalfShift = 4;  // the low half of the rows has the low nibble
-
-// Two planes: pairs of odd places (quads 3 and 1) and of even ones (2 and 0), first plane on top. Here
-// and below a shifted register is taken first, so that the other may be overwritten.
-template <class Bits>
-inline void pairs(Bits first, Bits second, Bits& odd, Bits& even) {
-    const Bits mask = Bits::fill(0xaa);
-    even = Bits::select(mask, first << 1, second);
-    odd = Bits::select(mask, first, second >> 1);
+// Two registers of fields of n bits, the first's are the upper ones, to two of fields of 2 n: of items
+// whose number has the bit n, and of those that have not.
+template <int n, class Bits>
+inline void merge(Bits first, Bits second, Bits& with, Bits& without) {
+    const Bits mask = Bits::fill(n == 1 ? 0xaa : n == 2 ? 0xcc : 0xf0);
+    without = Bits::select(mask, first << n, second >> n);
+    with = Bits::select(mask, first, second);
 }
 
 // 1 to 4 planes: for each quad of inputs, a register whose high nibbles are the codes of the high
@@ -41,9 +42,9 @@ inline void nibbles(const Bits* planes, Bits* quads) {
         quads[0] = (planes[0] << 3) & mask;
     } else {
         Bits odd, even;
-        pairs(planes[0], planes[1], odd, even);
-        const Bits mask = Bits::fill(0xcc);
+        merge<1>(planes[0], planes[1], odd, even);
         if constexpr (count == 2) {
+            const Bits mask = Bits::fill(0xcc);
             quads[3] = odd & mask;
             quads[1] = (odd << 2) & mask;
             quads[2] = even & mask;
@@ -54,38 +55,22 @@ inline void nibbles(const Bits* planes, Bits* quads) {
                 odd_low = planes[2] & Bits::fill(0xaa);
                 even_low = (planes[2] << 1) & Bits::fill(0xaa);
             } else {
-                pairs(planes[2], planes[3], odd_low, even_low);
+                merge<1>(planes[2], planes[3], odd_low, even_low);
             }
-            quads[1] = Bits::select(mask, odd << 2, odd_low);
-            quads[3] = Bits::select(mask, odd, odd_low >> 2);
-            quads[0] = Bits::select(mask, even << 2, even_low);
-            quads[2] = Bits::select(mask, even, even_low >> 2);
+            merge<2>(odd, odd_low, quads[3], quads[1]);
+            merge<2>(even, even_low, quads[2], quads[0]);
         }
     }
 }
 
-// Adds one to the codes below 128, of eight planes: levels + 128 (layout.hpp). Bits of 8 times as many
-// codes as a register has bytes are added at once, with a carry that goes up from plane to plane.
-template <class Bits>
-inline void add_negative(Bits* planes) {
-    Bits carry = planes[0] ^ Bits::fill(0xff);
-    PLYWEIGHT_UNROLL
-    for (int p = 7; p > 0; --p) {
-        const Bits sum = planes[p] ^ carry;
-        carry = planes[p] & carry;
-        planes[p] = sum;
-    }
-    planes[0] = planes[0] ^ carry;
-}
-
 // The codes of every half and quad, at the top of bytes; below `bits`, zeros. At 8 bits levels + 128.
+// A register may have a way of its own: a function of its namespace.
 template <int bits, class Bits>
-inline void codes(Bits* planes, Bits (*halves)[4]) {
-    if constexpr (bits == 8) add_negative(planes);
-    const Bits high = Bits::fill(0xf0);
+inline void codes(const Bits* planes, Bits (*halves)[4]) {
     Bits tops[4];
     nibbles<(bits < 4 ? bits : 4)>(planes, tops);
     if constexpr (bits <= 4) {
+        const Bits high = Bits::fill(0xf0);
         PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
             halves[1][quad] = tops[quad] & high;
@@ -96,8 +81,11 @@ inline void codes(Bits* planes, Bits (*halves)[4]) {
         nibbles<bits - 4>(planes + 4, lows);
         PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
-            halves[0][quad] = Bits::select(high, tops[quad] << 4, lows[quad]);
-            halves[1][quad] = Bits::select(high, tops[quad], lows[quad] >> 4);
+            merge<4>(tops[quad], lows[quad], halves[1][quad], halves[0][quad]);
+            if constexpr (bits == 8) {
+                halves[1][quad] = Bits::add_negative(halves[1][quad]);
+                halves[0][quad] = Bits::add_negative(halves[0][quad]);
+            }
         }
     }
 }

@@ -35,6 +35,9 @@ struct Register {
     static Register select(Register mask, Register a, Register b) {
         return {vbslq_u8(mask.bits, a.bits, b.bits)};
     }
+    static Register add_negative(Register bytes) {
+        return {vsraq_n_u8(bytes.bits, vmvnq_u8(bytes.bits), 7)};
+    }
 };
 
 inline int8x16_t four(const std::int8_t* x) {
@@ -54,10 +57,6 @@ struct Widening {
 
 struct Common {
     using Bits = Register;
-
-    static void tile_scales(const ProductJob& job, std::size_t tile, float* scales) {
-        tile_scales_by_row(job, tile, scales);
-    }
 
     // Four rows of the weight at a time.
     template <int rows>

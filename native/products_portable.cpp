@@ -21,14 +21,13 @@ struct Word {
     friend Word operator<<(Word a, int n) { return {a.bits << n}; }
     friend Word operator>>(Word a, int n) { return {a.bits >> n}; }
     static Word select(Word mask, Word a, Word b) { return {b.bits ^ ((a.bits ^ b.bits) & mask.bits)}; }
+    static Word add_negative(Word bytes) {
+        return {bytes.bits + (~bytes.bits >> 7 & 0x0101010101010101ULL)};
+    }
 };
 
 struct Isa {
     using Bits = Word;
-
-    static void tile_scales(const ProductJob& job, std::size_t tile, float* scales) {
-        tile_scales_by_row(job, tile, scales);
-    }
 
     template <int rows>
     static void dot(const std::uint8_t* w, std::size_t quads, const std::int8_t* x,

@@ -4,7 +4,6 @@
 //
 // `Isa` is what a variant has of its own:
 //     Bits                         registers to decode with (products_decode.hpp)
-//     tile_scales(job, tile, scales)             scales of a tile, (groups, 32)
 //     dot<rows>(w, quads, x, sums, first)        sums (rows, 32) of levels w, codes x: int32
 //     float_dot<rows>(w, quads, x, sums, first)  the same of levels w and floats x
 // which start from zero at the first of several calls, and else add to the sums.
@@ -38,16 +37,9 @@ inline void with_rows(std::size_t rows, Visit visit) {
     }
 }
 
-// Scales of a tile, (groups, 32), zeros for rows that there are not: what a variant has without a way
-// of its own. Stores jump, so that loads do not: they would miss the cache.
-inline void tile_scales_by_row(const ProductJob& job, std::size_t tile, float* scales) {
-    const std::size_t rows = smaller(kTileRows, job.out - tile * kTileRows);
-    const float* from = job.scale + tile * kTileRows * job.num_groups;
-    for (std::size_t row = 0; row < kTileRows; ++row) {
-        for (std::size_t group = 0; group < job.num_groups; ++group) {
-            scales[group * kTileRows + row] = row < rows ? from[row * job.num_groups + group] : 0.0f;
-        }
-    }
+// Scales of a tile, (groups, 32).
+inline const float* tile_scale(const ProductJob& job, std::size_t tile) {
+    return job.scale + tile * job.num_groups * kTileRows;
 }
 
 inline void store_tile(const ProductJob& job, std::size_t tile, std::size_t first, std::size_t rows,
@@ -97,8 +89,8 @@ inline void for_each_slab(const ProductJob& job, std::size_t tile, float* y, Dot
 }
 
 template <class Isa>
-inline void int8_tile(const ProductJob& job, std::size_t tile, const float* scales, float* y,
-                      std::int32_t* sums) {
+inline void int8_tile(const ProductJob& job, std::size_t tile, float* y, std::int32_t* sums) {
+    const float* scales = tile_scale(job, tile);
     const std::size_t inputs = job.row_blocks * kBlockInputs;
     for_each_slab<typename Isa::Bits>(
         job, tile, y,
@@ -123,8 +115,8 @@ inline void int8_tile(const ProductJob& job, std::size_t tile, const float* scal
 }
 
 template <class Isa>
-inline void float_tile(const ProductJob& job, std::size_t tile, const float* scales, float* y,
-                       float* sums) {
+inline void float_tile(const ProductJob& job, std::size_t tile, float* y, float* sums) {
+    const float* scales = tile_scale(job, tile);
     const std::size_t inputs = job.row_blocks * kBlockInputs;
     for_each_slab<typename Isa::Bits>(
         job, tile, y,
@@ -143,29 +135,17 @@ inline void float_tile(const ProductJob& job, std::size_t tile, const float* sca
         });
 }
 
-// Splits a thread's scratch: scales of a tile, sums and results of a slab.
-struct Scratch {
-    Scratch(const ProductJob& job, float* memory)
-        : scales(memory), y(scales + job.num_groups * kTileRows), sums(y + kTileSums) {}
-    float *scales, *y, *sums;
-};
-
 template <class Isa>
 inline void int8_tiles_of(const ProductJob& job, std::size_t begin, std::size_t end, float* scratch) {
-    const Scratch own(job, scratch);
-    for (std::size_t tile = begin; tile < end; ++tile) {
-        Isa::tile_scales(job, tile, own.scales);
-        int8_tile<Isa>(job, tile, own.scales, own.y, reinterpret_cast<std::int32_t*>(own.sums));
-    }
+    auto* sums = reinterpret_cast<std::int32_t*>(scratch + kTileSums);
+    for (std::size_t tile = begin; tile < end; ++tile) int8_tile<Isa>(job, tile, scratch, sums);
 }
 
 template <class Isa>
 inline void float_tiles_of(const ProductJob& job, std::size_t begin, std::size_t end,
                            float* scratch) {
-    const Scratch own(job, scratch);
     for (std::size_t tile = begin; tile < end; ++tile) {
-        Isa::tile_scales(job, tile, own.scales);
-        float_tile<Isa>(job, tile, own.scales, own.y, own.sums);
+        float_tile<Isa>(job, tile, scratch, scratch + kTileSums);
     }
 }
 

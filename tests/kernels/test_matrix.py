@@ -156,15 +156,20 @@ def test_a_plane_that_was_made_ready_is_added_at_once_and_changes_nothing_before
     _, codes, _ = drawn(4, 40, 100)
     planes = to_planes(codes, 8)
     matrix = matrix_of(kernel, codes, num_planes=3)
-    adders = [matrix.ready(plane) for plane in planes[3:]]
+    adders = [matrix.ready(planes[i], i) for i in range(3, 8)]
     assert matrix.num_planes == 3
     for add in adders:
         add()
     assert np.array_equal(matrix.levels(8), levels_of(codes, 8))
-    with pytest.raises((KernelError, ValueError), match=r"8 planes|more than 8"):
+    with pytest.raises(ValueError, match="ready as number 3; the next one is 8"):
         adders[0]()
     with pytest.raises(KernelError, match="has planes of uint8"):
-        matrix.ready(planes[0][1:])
+        matrix.ready(planes[0][1:], 1)
+    for index in (-1, 8, 1.0):
+        with pytest.raises(KernelError, match="cannot be made ready"):
+            matrix.ready(planes[0], index)
+    with pytest.raises(KernelError, match="cannot be made ready: 0 planes are held"):
+        matrix_of(kernel, codes, num_planes=0).ready(planes[1], 1)
 
 
 @pytest.mark.parametrize("kernel", [name for name in ON_CPU if name != "reference"])
@@ -173,12 +178,32 @@ def test_a_plane_that_was_made_ready_is_for_the_signs_that_were_held(kernel):
     _, codes, _ = drawn(4, 40, 100)
     planes = to_planes(codes, 8)
     matrix = matrix_of(kernel, codes, num_planes=1)
-    add = matrix.ready(planes[1])
+    add = matrix.ready(planes[1], 1)
     matrix.drop_plane()
     matrix.add_plane(planes[0])
     with pytest.raises(ValueError, match="other signs"):
         add()
     assert matrix.num_planes == 1
+
+
+@kernels
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_a_scale_that_was_made_ready_gives_the_same_products(kernel, group_size):
+    require(kernel)
+    x, codes, scale = drawn(5, 45, 100, group_size=group_size)
+    matrix = matrix_of(kernel, codes, group_size=group_size)
+    ready = matrix.ready_scale(scale)
+    for mode in MODES:
+        for bit_width in (1, 5, 8):
+            y = matrix.product(x, ready, bit_width, mode=mode)
+            assert np.array_equal(y, matrix.product(x, scale, bit_width, mode=mode))
+    with pytest.raises(KernelError, match="the scale is float64"):
+        matrix.ready_scale(scale.astype(np.float64))
+    with pytest.raises(KernelError, match="the scale is not C-contiguous"):
+        matrix.ready_scale(np.repeat(scale, 2, axis=0)[::2])
+    other = matrix_of(kernel, codes[:44], group_size=group_size)
+    with pytest.raises(KernelError, match=r"made ready for a \w+ with scales \(44"):
+        matrix.product(x, other.ready_scale(scale[:44]), 3, mode="int8")
 
 
 @kernels

@@ -119,11 +119,12 @@ def test_a_plane_that_a_product_computes_with_is_freed_when_it_is_done():
     for plane in to_planes(codes, 8)[:2]:
         matrix.add_plane(plane)
     failures, x = [], np.ones((1, 64), np.float32)
+    scale = matrix.tiled_scale(np.ones(64, np.float32))
 
     def multiply():
         for _ in range(3000):
             try:
-                matrix.product(x, np.ones(64, np.float32), 2, "int8", variant, 1)
+                matrix.product(x, scale, 2, "int8", variant, 1)
             except ValueError as error:  # its second plane is just not there
                 failures.append(str(error))
 
@@ -255,7 +256,6 @@ NOT_ALIGNED = np.frombuffer(b"-" + X.tobytes(), "f4", 96, 1).reshape(4, 24)
     ("change", "words"),
     [
         ({"x": X[:, :23].copy()}, "23 inputs; the weight takes 24"),
-        ({"scale": SCALE[:10].copy()}, "10 scales; the weight has 30"),
         ({"bits": 4}, "4 planes were asked for; 3 are held"),
         ({"bits": 0}, "0 bits; a code has 1 to 8"),
         ({"bits": 9}, "9 bits; a code has 1 to 8"),
@@ -267,14 +267,49 @@ NOT_ALIGNED = np.frombuffer(b"-" + X.tobytes(), "f4", 96, 1).reshape(4, 24)
         ({"x": np.asfortranarray(X)}, None),
         ({"x": np.repeat(X, 2, axis=0)[::2]}, None),
         ({"x": None}, None),
-        ({"scale": SCALE.astype(np.float64)}, None),
-        ({"scale": SCALE.reshape(10, 3)}, None),
+        ({"scale": SCALE}, None),
+        ({"scale": None}, None),
     ],
 )
 def test_a_wrong_argument_of_a_product_is_refused(matrix, change, words):
-    arguments = {"x": X, "scale": SCALE, "bits": 3, "mode": "int8", "num_threads": 1} | change
+    scale = matrix.tiled_scale(SCALE)
+    arguments = {"x": X, "scale": scale, "bits": 3, "mode": "int8", "num_threads": 1} | change
     with pytest.raises(TypeError if words is None else ValueError, match=words):
         matrix.product(variant=native.choose().variant, **arguments)
+
+
+@built
+def test_a_scale_that_does_not_fit_is_refused(matrix):
+    with pytest.raises(ValueError, match="10 scales; the weight has 30"):
+        matrix.tiled_scale(SCALE[:10].copy())
+    not_aligned = np.frombuffer(b"-" + SCALE.tobytes(), "f4", 30, 1)
+    with pytest.raises(ValueError, match="not aligned"):
+        matrix.tiled_scale(not_aligned)
+    for wrong in (SCALE.astype(np.float64), SCALE.reshape(10, 3), np.repeat(SCALE, 2)[::2], None):
+        with pytest.raises(TypeError):
+            matrix.tiled_scale(wrong)
+    for shape, num_scales in (((10, 24, 24), 10), ((30, 24, 0), 30), ((11, 24, 8), 33)):
+        other = native.library().PlaneMatrix(*shape)
+        scale = other.tiled_scale(np.ones(num_scales, np.float32))
+        with pytest.raises(ValueError, match="of another matrix"):
+            matrix.product(X, scale, 3, "int8", native.choose().variant, 1)
+
+
+@built
+def test_a_plane_that_was_made_ready_is_for_one_place_alone(matrix):
+    plane = np.zeros(30, np.uint8)
+    for index in (-1, 8):
+        with pytest.raises(ValueError, match=f"there is no plane {index}"):
+            matrix.ready_plane(plane, index)
+    fifth = matrix.ready_plane(plane, 4)
+    with pytest.raises(ValueError, match="ready as number 4; the next one is 3"):
+        matrix.add_ready(fifth)
+    matrix.add_plane(plane)
+    matrix.add_ready(fifth)
+    with pytest.raises(ValueError, match="ready as number 4; the next one is 5"):
+        matrix.add_ready(fifth)
+    with pytest.raises(ValueError, match="1 planes were asked for; 0 are held"):
+        native.library().PlaneMatrix(10, 24, 8).ready_plane(plane, 1)
 
 
 @built
@@ -320,6 +355,7 @@ def test_a_weight_without_a_side_and_sums_too_long_for_32_bits_are_refused():
     long = library.PlaneMatrix(1, 2**17 + 1, 0)
     long.add_plane(np.zeros(2**14 + 1, np.uint8))
     x = np.ones((1, 2**17 + 1), np.float32)
+    scale = long.tiled_scale(np.ones(1, np.float32))
     with pytest.raises(ValueError, match="131073 inputs share a scale"):
-        long.product(x, np.ones(1, np.float32), 1, "int8", variant, 1)
-    assert long.product(x, np.ones(1, np.float32), 1, "float", variant, 1)[0, 0] == 64 * x.size
+        long.product(x, scale, 1, "int8", variant, 1)
+    assert long.product(x, scale, 1, "float", variant, 1)[0, 0] == 64 * x.size

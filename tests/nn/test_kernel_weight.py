@@ -198,10 +198,10 @@ def test_an_upgrade_moves_no_plane_that_is_there(grouped, kernel, mode):
     net = loaded(grouped, bit_width=2, kernel=kernel, mode=mode)
     added, matrix = [], net.first.packed_weight._matrix
     ready = matrix.ready
-    matrix.ready = lambda plane: (added.append(plane), ready(plane))[1]
+    matrix.ready = lambda plane, index: (added.append(index), ready(plane, index))[1]
     upgrade(net, MemorySource(grouped), bit_width=4)
     assert net.first.packed_weight._matrix is matrix
-    assert len(added) == 2
+    assert added == [2, 3]
     assert matrix.num_planes == 4
 
 
@@ -211,7 +211,7 @@ def test_a_kernel_that_changes_while_an_upgrade_is_read_takes_the_planes_too(gro
     net = loaded(grouped, bit_width=2, kernel=kernel, mode=mode)
     layers = HeldLayers.of(net)
     reader = ArtifactReader(MemorySource(grouped))
-    ready = {i: layers.ready(reader.read_layer(i)) for i in (2, 3)}
+    ready = {i: layers.ready(i, reader.read_layer(i)) for i in (2, 3)}
     set_kernel(net, "reference")
     set_kernel(net, kernel, mode=mode)  # another matrix
     assert layers.grow(ready, 4, lambda: None)
@@ -231,8 +231,8 @@ def test_an_upgrade_that_is_interrupted_leaves_the_kernel_as_it_was(
         expected = net(IDS)
     calls, ready = [], matrix.ready
 
-    def interrupted(self, plane):
-        add = ready(self, plane)
+    def interrupted(self, plane, index):
+        add = ready(self, plane, index)
 
         def then_interrupt():
             calls.append(plane)

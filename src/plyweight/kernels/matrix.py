@@ -9,8 +9,8 @@ The border is here: what is wrong raises before a kernel reads a byte of it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from plyweight.codec import MAX_BIT_WIDTH, plane_bytes
 from plyweight.errors import BitWidthError, KernelError
 
-__all__ = ["MAX_GROUP_INPUTS", "MODES", "Mode", "PlaneMatrix"]
+__all__ = ["MAX_GROUP_INPUTS", "MODES", "Mode", "PlaneMatrix", "ReadyScale"]
 
 Mode = Literal["float", "int8"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -28,6 +28,15 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 MAX_GROUP_INPUTS = 2**17
 
 MAX_INT = 2**31 - 1  # of sizes and threads: what an int holds everywhere
+
+
+@dataclass(frozen=True)
+class ReadyScale:
+    """A scale in the compute layout, for matrices of one type whose scales have that shape."""
+
+    of: type["PlaneMatrix"]
+    shape: tuple[int, ...]
+    held: Any
 
 
 class PlaneMatrix(ABC):
@@ -84,16 +93,38 @@ class PlaneMatrix(ABC):
             raise KernelError(f"a plane more than {MAX_BIT_WIDTH}; a code has no more bits.")
         self._add_plane(plane)
 
-    def ready(self, plane: NDArray[np.uint8]) -> Callable[[], None]:
-        """What adds ``plane``, the next one or one after it, at once when it is called.
+    def ready(self, plane: NDArray[np.uint8], index: int) -> Callable[[], None]:
+        """What adds ``plane``, number ``index``, at once when it is called.
 
         Bringing it into the compute layout takes longer, and happens here; others may compute
-        meanwhile. It holds as long as the first plane does.
+        meanwhile. It holds as long as the first plane does, and can be called when ``index``
+        planes are held: it raises a ValueError otherwise.
 
         Raises:
-            KernelError: If it is not such a plane.
+            KernelError: If it is not such a plane, or number ``index`` cannot come next or later.
         """
-        return self._ready(self._checked_plane(plane))
+        plane = self._checked_plane(plane)
+        if not _is_int(index, 0, MAX_BIT_WIDTH - 1) or (index and not self.num_planes):
+            raise KernelError(
+                f"plane {index!r} cannot be made ready: {self.num_planes} planes are held, the "
+                f"first comes before all others, and the last is number {MAX_BIT_WIDTH - 1}."
+            )
+        return self._ready(plane, index)
+
+    def ready_scale(self, scale: NDArray[np.float32]) -> ReadyScale:
+        """``scale`` as the kernel wants it, which :meth:`product` takes as well, and sooner.
+
+        Raises:
+            KernelError: If it is not a scale of this weight.
+        """
+        wanted = self._scale_shape
+        if not _is_array(scale, np.float32, wanted):
+            raise KernelError(
+                f"the scale is {_kind(scale)}; a weight {self.shape} with "
+                f"group_size={self.group_size} takes float32 {wanted}."
+            )
+        _check_memory("the scale is", scale)
+        return ReadyScale(type(self), wanted, self._ready_scale(scale))
 
     def _checked_plane(self, plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
         wanted = (plane_bytes(self.shape),)
@@ -144,7 +175,7 @@ class PlaneMatrix(ABC):
     def product(
         self,
         x: NDArray[np.float32],
-        scale: NDArray[np.float32],
+        scale: NDArray[np.float32] | ReadyScale,
         bit_width: int,
         *,
         mode: Mode,
@@ -158,7 +189,7 @@ class PlaneMatrix(ABC):
         Args:
             x: float32 ``(m, in)``, C-contiguous.
             scale: of the weight at ``bit_width``, float32 ``(out,)``, or ``(out, groups)`` where
-                there is a group size; C-contiguous.
+                there is a group size; C-contiguous. Or what :meth:`ready_scale` made of it.
             bit_width: at most as many planes as are held.
             mode: "int8": activations are rounded to 8 bits, sums are integers. "float": nothing
                 is rounded but sums.
@@ -175,15 +206,8 @@ class PlaneMatrix(ABC):
                 f"activations are {_kind(x)}; a weight {self.shape} takes float32 "
                 f"(m, {num_inputs})."
             )
-        wanted = (out,) if self.group_size is None else (out, self.num_groups)
-        if not _is_array(scale, np.float32, wanted):
-            raise KernelError(
-                f"the scale is {_kind(scale)}; a weight {self.shape} with "
-                f"group_size={self.group_size} takes float32 {wanted}."
-            )
-        for name, array in (("the activations are", x), ("the scale is", scale)):
-            if not array.flags.c_contiguous or not array.flags.aligned:
-                raise KernelError(f"{name} not C-contiguous and aligned; copy first.")
+        _check_memory("the activations are", x)
+        held = self._held_scale(scale)
         if mode not in MODES:
             raise KernelError(f"the mode is {mode!r}; give one of {', '.join(MODES)}.")
         per_scale = min(self.group_size or num_inputs, num_inputs)
@@ -198,7 +222,23 @@ class PlaneMatrix(ABC):
             )
         if not len(x):
             return np.empty((0, out), np.float32)
-        return self._product(x, scale, bit_width, mode, num_threads)
+        return self._product(x, held, bit_width, mode, num_threads)
+
+    @property
+    def _scale_shape(self) -> tuple[int, ...]:
+        out = self.shape[0]
+        return (out,) if self.group_size is None else (out, self.num_groups)
+
+    def _held_scale(self, scale: Any) -> Any:
+        """What the kernel computes with."""
+        if not isinstance(scale, ReadyScale):
+            scale = self.ready_scale(scale)
+        elif scale.of is not type(self) or scale.shape != self._scale_shape:
+            raise KernelError(
+                f"the scale was made ready for a {scale.of.__name__} with scales {scale.shape}; "
+                f"this is a {type(self).__name__} with scales {self._scale_shape}."
+            )
+        return scale.held
 
     def _require(self, bit_width: int) -> None:
         if not _is_int(bit_width, 1, self.num_planes):
@@ -212,8 +252,21 @@ class PlaneMatrix(ABC):
     @abstractmethod
     def _add_plane(self, plane: NDArray[np.uint8]) -> None: ...
 
-    def _ready(self, plane: NDArray[np.uint8]) -> Callable[[], None]:
-        return partial(self.add_plane, plane)
+    def _ready(self, plane: NDArray[np.uint8], index: int) -> Callable[[], None]:
+        def add() -> None:
+            self._require_next(index)
+            self._add_plane(plane)
+
+        return add
+
+    def _require_next(self, index: int) -> None:
+        if self.num_planes != index:
+            raise ValueError(
+                f"the plane was made ready as number {index}; the next one is {self.num_planes}"
+            )
+
+    def _ready_scale(self, scale: NDArray[np.float32]) -> Any:
+        return scale
 
     @abstractmethod
     def _drop_plane(self) -> None: ...
@@ -228,7 +281,7 @@ class PlaneMatrix(ABC):
     def _product(
         self,
         x: NDArray[np.float32],
-        scale: NDArray[np.float32],
+        scale: Any,
         bit_width: int,
         mode: Mode,
         num_threads: int,
@@ -241,6 +294,11 @@ def _is_int(value: object, least: int, most: int) -> bool:
 
 def _is_array(array: object, dtype: type[np.generic], shape: tuple[int, ...]) -> bool:
     return isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == shape
+
+
+def _check_memory(name: str, array: NDArray[Any]) -> None:
+    if not array.flags.c_contiguous or not array.flags.aligned:
+        raise KernelError(f"{name} not C-contiguous and aligned; copy first.")
 
 
 def _kind(array: object) -> str:

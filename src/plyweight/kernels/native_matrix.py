@@ -5,7 +5,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,8 +56,8 @@ class NativeMatrix(PlaneMatrix):
     def _add_plane(self, plane: NDArray[np.uint8]) -> None:
         self._matrix.add_plane(plane)
 
-    def _ready(self, plane: NDArray[np.uint8]) -> Callable[[], None]:
-        return partial(self._matrix.add_ready, self._matrix.ready_plane(plane))
+    def _ready(self, plane: NDArray[np.uint8], index: int) -> Callable[[], None]:
+        return partial(self._matrix.add_ready, self._matrix.ready_plane(plane, index))
 
     def _drop_plane(self) -> None:
         self._matrix.drop_plane()
@@ -70,15 +70,18 @@ class NativeMatrix(PlaneMatrix):
         levels: NDArray[np.int8] = self._matrix.levels(bit_width, start, stop, self._variant, 1)
         return levels
 
+    def _ready_scale(self, scale: NDArray[np.float32]) -> Any:
+        return self._matrix.tiled_scale(scale.reshape(-1))
+
     def _product(
         self,
         x: NDArray[np.float32],
-        scale: NDArray[np.float32],
+        scale: Any,
         bit_width: int,
         mode: Mode,
         num_threads: int,
     ) -> NDArray[np.float32]:
         y: NDArray[np.float32] = self._matrix.product(
-            x, scale.reshape(-1), bit_width, mode, self._variant, num_threads
+            x, scale, bit_width, mode, self._variant, num_threads
         )
         return y

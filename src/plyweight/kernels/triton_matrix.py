@@ -7,7 +7,6 @@ the weight is decoded once and the BLAS multiplies.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from plyweight.codec import MAX_BIT_WIDTH, plane_bytes
+from plyweight.codec import plane_bytes
 from plyweight.errors import KernelError
 from plyweight.kernels import triton_launch
-from plyweight.kernels.matrix import Mode, PlaneMatrix
+from plyweight.kernels.matrix import Mode, PlaneMatrix, ReadyScale
 from plyweight.kernels.triton_layout import from_words, to_words
 
 __all__ = ["GROUP_SIZES", "TritonMatrix"]
@@ -67,29 +66,14 @@ class TritonMatrix(PlaneMatrix):
         """The memory that the planes take, padding included."""
         return sum(plane.nbytes for plane in self._planes)
 
-    def add_plane(self, plane: Given) -> None:
-        """Take the next plane, in the wire layout, from the device.
+    def ready_scale(self, scale: Given) -> ReadyScale:
+        """``scale`` as a tensor that is known to fit; see :meth:`PlaneMatrix.ready_scale`."""
+        out = self.shape[0]
+        wanted = (out,) if self.group_size is None else (out, self.num_groups)
+        tensor = self._tensor(scale, "the scale", (torch.float32,), wanted).contiguous()
+        return ReadyScale(type(self), wanted, tensor)
 
-        Raises:
-            KernelError: If it is not uint8 of ``plane_bytes(shape)`` bytes, or 8 planes are held.
-        """
-        words = self._words(plane)
-        if self.num_planes == MAX_BIT_WIDTH:
-            raise KernelError(f"a plane more than {MAX_BIT_WIDTH}; a code has no more bits.")
-        self._planes.append(words)
-
-    def ready(self, plane: Given) -> Callable[[], None]:
-        """What adds ``plane`` at once; see :meth:`PlaneMatrix.ready`."""
-        return partial(self._planes.append, self._words(plane))
-
-    def _words(self, plane: Given) -> Tensor:
-        """``plane`` in the layout of the device."""
-        plane = self._tensor(plane, "a plane", (torch.uint8,), (plane_bytes(self.shape),))
-        words = to_words(plane, self.shape, is_wide=triton_launch.IS_WIDE)
-        # Ones' complement; see plyweight.kernels.triton_code.
-        return ~words if not self._planes else words ^ ~self._planes[0]
-
-    def values(self, scale: Given, bit_width: int, dtype: torch.dtype) -> Tensor:
+    def values(self, scale: Given | ReadyScale, bit_width: int, dtype: torch.dtype) -> Tensor:
         """The weight at ``bit_width``, ``(out, in)``: what a packed module decodes, bit for bit.
 
         Raises:
@@ -100,13 +84,13 @@ class TritonMatrix(PlaneMatrix):
         if dtype not in DTYPES:
             raise KernelError(f"a weight of {dtype} was asked for; {DTYPES} can be decoded.")
         planes = self._planes[:bit_width]
-        scale = self._checked_scale(scale)
-        return triton_launch.values(planes, scale, self.shape, self.group_size, dtype)
+        held = self._held_scale(scale)
+        return triton_launch.values(planes, held, self.shape, self.group_size, dtype)
 
     def product(
         self,
         x: Given,
-        scale: Given,
+        scale: Given | ReadyScale,
         bit_width: int,
         *,
         mode: Mode,
@@ -133,14 +117,14 @@ class TritonMatrix(PlaneMatrix):
         self._require(bit_width)
         out, num_inputs = self.shape
         rows = self._tensor(x, "activations", DTYPES, (*x.shape[:1], num_inputs)).contiguous()
-        scale = self._checked_scale(scale)
+        held = self._held_scale(scale)
         if mode != "float":
             raise KernelError(f"the kernel 'triton' has the mode 'float' only, not {mode!r}.")
         if not len(rows):
             y = rows.new_empty(0, out)
         elif len(rows) <= triton_launch.MAX_ROWS:
             planes = self._planes[:bit_width]
-            y = triton_launch.product(rows, planes, scale, out, self.group_size)
+            y = triton_launch.product(rows, planes, held, out, self.group_size)
         else:
             y = rows @ self.values(scale, bit_width, rows.dtype).T
         return y
@@ -163,8 +147,26 @@ class TritonMatrix(PlaneMatrix):
     def _drop_plane(self) -> None:
         self._planes.pop()
 
-    def _add_plane(self, *_: Any) -> None:
-        raise AssertionError("add_plane takes tensors")
+    def _checked_plane(self, plane: Given) -> Any:
+        return self._tensor(plane, "a plane", (torch.uint8,), (plane_bytes(self.shape),))
+
+    def _add_plane(self, plane: Any) -> None:
+        self._planes.append(self._words(plane))
+
+    def _ready(self, plane: Any, index: int) -> Callable[[], None]:
+        words = self._words(plane)
+
+        def add() -> None:
+            self._require_next(index)
+            self._planes.append(words)
+
+        return add
+
+    def _words(self, plane: Tensor) -> Tensor:
+        """``plane`` in the layout of the device."""
+        words = to_words(plane, self.shape, is_wide=triton_launch.IS_WIDE)
+        # Ones' complement; see plyweight.kernels.triton_code.
+        return ~words if not self._planes else words ^ ~self._planes[0]
 
     def _plane(self, index: int) -> Any:
         words = ~self._planes[0]
@@ -180,11 +182,6 @@ class TritonMatrix(PlaneMatrix):
 
     def _product(self, *_: Any) -> NDArray[np.float32]:
         raise AssertionError("product takes tensors")
-
-    def _checked_scale(self, scale: Given) -> Tensor:
-        out = self.shape[0]
-        wanted = (out,) if self.group_size is None else (out, self.num_groups)
-        return self._tensor(scale, "the scale", (torch.float32,), wanted).contiguous()
 
     def _tensor(
         self, given: Given, what: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]

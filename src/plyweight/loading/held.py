@@ -105,15 +105,15 @@ class HeldLayers:
         """How many layers every packed weight holds."""
         return min(packed.num_held for packed in self._packed_weights.values())
 
-    def ready(self, views: Views) -> ReadyLayer:
-        """``views`` as tensors, on the device of the module that each is for."""
+    def ready(self, index: int, views: Views) -> ReadyLayer:
+        """``views`` of layer ``index`` as tensors, on the device of the module that each is for."""
         planes, gains, ready = {}, {}, {}
         for param, packed in self._packed_weights.items():
             # Of a model that is split over devices each part has its own.
             device = packed.scale.device
             if (view := views.get(planes_name(param))) is not None:
                 planes[param] = tensor_of(view, copy=False).to(device)
-                ready[param] = packed.ready(planes[param])
+                ready[param] = packed.ready(index, planes[param])
             if (view := views.get(gain_name(param))) is not None:
                 gains[param] = tensor_of(view).to(device)
         steps, zero_points = (

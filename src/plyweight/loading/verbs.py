@@ -115,7 +115,7 @@ def load(
     give_rows(skeleton.model, header, placed)
     loaded = HeldLayers(header, skeleton.model)
     for index, views in enumerate(layers):
-        loaded.take(index, loaded.ready(views))
+        loaded.take(index, loaded.ready(index, views))
     skeleton.check_complete()
     switch(skeleton.model, target)
     if form == "packed":
@@ -233,7 +233,7 @@ def _upgrade(
             if future.cancelled():
                 _begin(future)
             if index not in layers:
-                layers[index] = loaded.ready(reader.read_layer(index))
+                layers[index] = loaded.ready(index, reader.read_layer(index))
         # Downgraded meanwhile, the model lacks more. Nothing is read twice, so this comes to an
         # end, whatever the others do.
         if change(loaded.model, grow):

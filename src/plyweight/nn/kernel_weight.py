@@ -53,9 +53,8 @@ class _ReadyPlanes:
 
 
 class _KeptScale(NamedTuple):
-    """What a kernel was given as the scale at an own bit-width, and what it was made of."""
+    """What a kernel was given as the scale, and what it was made of."""
 
-    own: int
     scale: Tensor
     gain: Tensor | None
     versions: tuple[int | None, int | None]
@@ -221,19 +220,19 @@ class KernelWeight(PackedWeight):
     def _given_scale(self, own: int, scale: Tensor) -> Any:
         """``scale`` with its gain at own bit-width ``own`` as the kernel takes it.
 
-        Kept: with groups, multiplying by a gain takes as long as a fifth of a product.
+        Kept: with groups, making it ready takes as long as half of a product.
         """
         kept, gain = self._scale, self._buffers.get(f"gain_{own}")
         # Tensors may have been exchanged, or written to. Told apart in place: every call asks.
-        if kept is not None and kept.own == own and kept.scale is scale and kept.gain is gain:
+        if kept is not None and kept.scale is scale and kept.gain is gain:
             of_scale, of_gain = kept.versions
             if (of_scale is None or of_scale == scale._version) and (
                 of_gain is None or of_gain == gain._version  # type: ignore[union-attr]
             ):
                 return kept.given
         versions = _version(scale), _version(gain)
-        given = _given(self.scale_at(own, scale).contiguous())
-        self._scale = _KeptScale(own, scale, gain, versions, given)
+        given = self._matrix.ready_scale(_given(self.scale_at(own, scale).contiguous()))
+        self._scale = _KeptScale(scale, gain, versions, given)
         return given
 
     def planes_of(self, layer: int) -> Tensor | None:
@@ -243,12 +242,14 @@ class KernelWeight(PackedWeight):
             return None
         return torch.stack([_taken(self._matrix.plane(i)) for i in range(first, first + num)])
 
-    def ready(self, planes: Tensor) -> object:
+    def ready(self, layer: int, planes: Tensor) -> object:
         """The planes in the kernel's layout: what is left to do takes no time."""
         matrix = vars(self).get("_matrix")  # another thread may be changing the kernel
         if matrix is None or not matrix.num_planes:
             return None  # the first planes: nobody waits for them yet
-        return _ReadyPlanes(matrix, [matrix.ready(_given(row)) for row in planes])
+        first = self._own(self._all_bit_widths[layer - 1])  # the layer before ends there
+        adders = [matrix.ready(_given(row), first + i) for i, row in enumerate(planes)]
+        return _ReadyPlanes(matrix, adders)
 
     def _hold_planes(self, layer: int, planes: Tensor | None, ready: object) -> None:
         while self._matrix.num_planes > sum(self._num_planes[:layer]):

@@ -80,7 +80,7 @@ class PackedWeight(Switchable):
         """Those whose layer is held."""
         return self._all_bit_widths[: self.num_held]
 
-    def ready(self, planes: Tensor) -> object:  # noqa: ARG002  # nothing here takes long
+    def ready(self, layer: int, planes: Tensor) -> object:  # noqa: ARG002  # nothing takes long
         """What of :meth:`hold` takes long and changes nothing, done before; for its ``ready``."""
         return None
 
