@@ -206,20 +206,14 @@ struct LineSums<bits> {
     }
 };
 
-// Bytes, of several rows of activations, which share the codes. A sum waits for the one before it, so
-// one or two rows have two sums for each half.
+// Bytes, of several rows of activations, which share the codes.
 template <int bits, int rows>
 struct RowsSums {
-    static constexpr int kWays = rows <= 2 ? 2 : 1;
-    __m512i sum[rows][2][kWays];
+    __m512i sum[rows][2];
     void begin(const std::int32_t* corrections) {
         PLYWEIGHT_UNROLL
         for (int row = 0; row < rows; ++row) {
-            PLYWEIGHT_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                sum[row][half][0] = _mm512_set1_epi32(corrections[row]);
-                if constexpr (kWays == 2) sum[row][half][1] = _mm512_setzero_si512();
-            }
+            sum[row][0] = sum[row][1] = _mm512_set1_epi32(corrections[row]);
         }
     }
     void add(const Register* planes, const std::int8_t* x) {
@@ -232,16 +226,12 @@ struct RowsSums {
                 const __m512i some = four(x + (quad * rows + row) * 4);
                 PLYWEIGHT_UNROLL
                 for (int half = 0; half < 2; ++half) {
-                    __m512i& to = sum[row][half][quad % kWays];
-                    add_products(to, halves[half][quad].bits, some);
+                    add_products(sum[row][half], halves[half][quad].bits, some);
                 }
             }
         }
     }
-    __m512i total(int row, int half) const {
-        const __m512i* s = sum[row][half];
-        return kWays == 1 ? s[0] : _mm512_add_epi32(s[0], s[kWays - 1]);
-    }
+    __m512i total(int row, int half) const { return sum[row][half]; }
 };
 
 // One row and codes that are not brought to bytes.
