@@ -28,20 +28,55 @@ struct Register {
 };
 
 // An order of the bits of a byte, as the matrix that vgf2p8affineqb takes: bit o of a result is bit
-// `from(o)` of what is ordered, and 0 where that is negative.
+// `from(o)` of what is ordered, and 0 where that is negative. Orders stand in tables, because GCC 12
+// otherwise computes them at run time when it optimizes less.
 template <class From>
-constexpr long long bit_order(From from) {
-    unsigned long long rows = 0;
+constexpr std::uint64_t bit_order(From from) {
+    std::uint64_t rows = 0;
     for (int bit = 0; bit < 8; ++bit) {
-        if (from(bit) >= 0) rows |= 1ULL << from(bit) << 8 * (7 - bit);
+        if (from(bit) >= 0) rows |= std::uint64_t{1} << from(bit) << 8 * (7 - bit);
     }
-    return static_cast<long long>(rows);
+    return rows;
 }
+
+// Orders of eight items. (No std::array: see product_job.hpp.)
+struct Orders {
+    std::uint64_t of[8];
+};
+
+// For bytes of items 0 to 7, whose bit k is of plane k ^ item: plane 0 on top, then `bits - 1` more,
+// then zeros.
+template <int bits>
+constexpr Orders byte_orders() {
+    Orders orders{};
+    for (int item = 0; item < 8; ++item) {
+        orders.of[item] = bit_order([&](int bit) { return bit < 8 - bits ? -1 : (7 - bit) ^ item; });
+    }
+    return orders;
+}
+template <int bits>
+constexpr Orders kByteOrders = byte_orders<bits>();
+
+// The same for both nibbles of a byte, of quads 0 to 3.
+template <int bits>
+constexpr Orders nibble_orders() {
+    Orders orders{};
+    for (int quad = 0; quad < 4; ++quad) {
+        orders.of[quad] = bit_order([&](int bit) { return bit % 4 < 4 - bits ? -1 : bit ^ 3 ^ quad; });
+    }
+    return orders;
+}
+template <int bits>
+constexpr Orders kNibbleOrders = nibble_orders<bits>();
+
+constexpr std::uint64_t kNeighboursSwapped = bit_order([](int bit) { return bit ^ 1; });
+constexpr std::uint64_t kTopEverywhere = bit_order([](int) { return 7; });
 
 // The bytes of `r` in that order; bits of `flipped` are inverted then.
 template <std::uint8_t flipped = 0>
-inline Register ordered(Register r, long long order) {
-    return {_mm512_gf2p8affine_epi64_epi8(r.bits, _mm512_set1_epi64(order), flipped)};
+inline Register ordered(Register r, std::uint64_t order) {
+    const __m512i matrix = _mm512_set1_epi64(static_cast<long long>(order));
+    return {_mm512_gf2p8affine_epi64_epi8(r.bits, matrix, flipped)};
 }
 
 // What `merge` does (products_decode.hpp), but all bits stay where they are.
@@ -82,15 +117,13 @@ inline void codes(const Register* planes, Register (*halves)[4]) {
         if constexpr (bits > 4) choose<4>(tops[quad], lows[quad], high, low);
         PLYWEIGHT_UNROLL
         for (int half = 0; half < 2; ++half) {
-            // Bit k is of plane k ^ item, and plane 0 belongs on top.
             const int item = 4 * half + quad;
-            const auto from = [&](int bit) { return bit < 8 - bits ? -1 : (7 - bit) ^ item; };
             Register& code = halves[half][quad];
             code = half == 1 ? high : low;
-            if (bits < 8 || item < 7) code = ordered(code, bit_order(from));
+            if (bits < 8 || item < 7) code = ordered(code, kByteOrders<bits>.of[item]);
             if constexpr (bits == 8) {
                 // 0xff, which is -1, for bytes below 128.
-                const Register negative = ordered<0xff>(code, bit_order([](int) { return 7; }));
+                const Register negative = ordered<0xff>(code, kTopEverywhere);
                 code = {_mm512_sub_epi8(code.bits, negative.bits)};
             }
         }
@@ -159,7 +192,7 @@ struct LineSums<2> {
     void add(const Register* planes, const std::int8_t* x) {
         Register found[2];
         choose<1>(planes[0], planes[1], found[1], found[0]);
-        found[0] = ordered(found[0], bit_order([](int bit) { return bit ^ 1; }));
+        found[0] = ordered(found[0], kNeighboursSwapped);
         PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
             const __m512i codes = four(x + 4 * quad);
@@ -192,8 +225,7 @@ struct LineSums<bits> {
         chosen_nibbles<bits>(planes, quads);
         PLYWEIGHT_UNROLL
         for (int quad = 0; quad < 4; ++quad) {
-            const auto from = [&](int bit) { return bit % 4 < 4 - bits ? -1 : bit ^ 3 ^ quad; };
-            if (bits < 4 || quad < 3) quads[quad] = ordered(quads[quad], bit_order(from));
+            if (bits < 4 || quad < 3) quads[quad] = ordered(quads[quad], kNibbleOrders<bits>.of[quad]);
             const __m512i codes = four(x + 4 * quad);
             add_products(whole[quad % 2], quads[quad].bits, codes);
             add_products(low[quad % 2], (quads[quad] & Register::fill(0x0f)).bits, codes);
