@@ -76,16 +76,6 @@ struct Isa {
     }
 };
 
-// How far ahead of every plane is fetched: eight planes are more streams than the processor follows by
-// itself. Far enough for what comes from memory; but what is on its way must leave room in the first
-// cache, of which some have 32 KiB: with 20 KiB on its way products from the third cache took up to a
-// seventh longer.
-template <int bits>
-constexpr std::size_t kAheadBytes = smaller(4096, 12288 / bits / kLineBytes * kLineBytes);
-
-// There may be nothing at `at`: a prefetch does not fault.
-inline void fetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
-
 // A tile times 1 to 4 rows. `blocks`, of a group, is 0 if it is not known
 // when this is compiled, or not the same for all.
 template <int bits, int rows, int blocks>
@@ -102,14 +92,11 @@ void fused_tile(const ProductJob& job, std::size_t tile) {
     for (std::size_t group = 0; group < job.num_groups; ++group) {
         RowsSums<bits, rows> sums;
         sums.begin(job.corrections + group * rows);
+        // Nothing is fetched ahead: processors follow eight streams by themselves, and better.
         const auto add_line = [&]() __attribute__((always_inline)) {
             Register held[bits];
             PLYWEIGHT_UNROLL
-            for (int p = 0; p < bits; ++p) {
-                const std::uint8_t* at = planes[p] + line * kLineBytes;
-                fetch(at + kAheadBytes<bits>);
-                held[p] = Register::load(at);
-            }
+            for (int p = 0; p < bits; ++p) held[p] = Register::load(planes[p] + line * kLineBytes);
             sums.add(held, x);
             ++line;
             x += kBlockInputs * rows;
