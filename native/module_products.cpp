@@ -122,7 +122,7 @@ TiledScale tiled_scale(const PlaneMatrix& self, const FloatsIn& scale) {
     return self.tiled(scale.data());
 }
 
-nb::object product_of(const PlaneMatrix& self, const RowsIn& x, const TiledScale& scale, int bits,
+nb::object product_of(const PlaneMatrix& self, const RowsIn& x, const TiledScale& scale, float gain, int bits,
                       const std::string& mode, Variant variant, int num_threads) {
     check_runs(variant);
     check_bits(bits);
@@ -143,7 +143,7 @@ nb::object product_of(const PlaneMatrix& self, const RowsIn& x, const TiledScale
     Array<float> y(x.shape(0), self.out());
     {
         const nb::gil_scoped_release released;
-        product(self, x.data(), x.shape(0), scale, bits,
+        product(self, x.data(), x.shape(0), scale, gain, bits,
                 mode == "int8" ? Mode::int8 : Mode::floating, variant, num_threads, y.data.get());
     }
     return y.release(2);
@@ -166,8 +166,8 @@ void bind_products(nb::module_& m) {
         .def("levels", &levels_of, nb::arg("bits"), nb::arg("start"), nb::arg("stop"),
              nb::arg("variant"), nb::arg("num_threads"))
         .def("tiled_scale", &tiled_scale, nb::arg("scale").noconvert())
-        .def("product", &product_of, nb::arg("x").noconvert(), nb::arg("scale"), nb::arg("bits"),
-             nb::arg("mode"), nb::arg("variant"), nb::arg("num_threads"));
+        .def("product", &product_of, nb::arg("x").noconvert(), nb::arg("scale"), nb::arg("gain"),
+             nb::arg("bits"), nb::arg("mode"), nb::arg("variant"), nb::arg("num_threads"));
 }
 
 }  // namespace plyweight

@@ -128,13 +128,14 @@ ProductJob job_of(const PlaneMatrix& matrix, const HeldPlanes& planes, int bits)
 
 }  // namespace
 
-void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const TiledScale& scale, int bits,
-             Mode mode, Variant variant, int num_threads, float* y) {
+void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const TiledScale& scale, float gain,
+             int bits, Mode mode, Variant variant, int num_threads, float* y) {
     if (m == 0) return;
     const Functions functions = functions_of(variant);
     const HeldPlanes planes = matrix.planes(bits);
     ProductJob job = job_of(matrix, planes, bits);
     job.scale = scale.data();
+    job.gain = gain;
     job.m = m;
     job.y = y;
     job.num_row_blocks = (m + kBlockRows - 1) / kBlockRows;
@@ -142,7 +143,7 @@ void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const Til
     if (m * job.in * job.out < kParallelTerms) num_threads = 1;
     num_threads = static_cast<int>(
         std::min(static_cast<std::size_t>(num_threads), matrix.num_tiles()));
-    constexpr std::size_t scratch = 2 * kSlabRows * kTileRows;
+    const std::size_t scratch = (2 * kSlabRows + (gain == 1.0f ? 0 : job.num_groups)) * kTileRows;
 
     std::int8_t* codes = nullptr;
     float *floats = nullptr, *code_scales = nullptr, *scratches = nullptr;

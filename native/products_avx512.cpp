@@ -76,11 +76,10 @@ struct Isa {
     }
 };
 
-// A tile times 1 to 4 rows. `blocks`, of a group, is 0 if it is not known
+// A tile times 1 to 4 rows. `scales` is (groups, 32). `blocks`, of a group, is 0 if it is not known
 // when this is compiled, or not the same for all.
 template <int bits, int rows, int blocks>
-void fused_tile(const ProductJob& job, std::size_t tile) {
-    const float* scales = tile_scale(job, tile);
+void fused_tile(const ProductJob& job, std::size_t tile, const float* scales) {
     const std::uint8_t* planes[bits];
     PLYWEIGHT_UNROLL
     for (int p = 0; p < bits; ++p) planes[p] = job.planes[p] + tile * job.row_blocks * kLineBytes;
@@ -132,17 +131,17 @@ void fused_tile(const ProductJob& job, std::size_t tile) {
 }
 
 template <int rows, int blocks = 0>
-void fused(const ProductJob& job, std::size_t tile) {
+void fused(const ProductJob& job, std::size_t tile, const float* scales) {
     switch (job.bits) {
-        case 1: return fused_tile<1, rows, blocks>(job, tile);
-        case 2: return fused_tile<2, rows, blocks>(job, tile);
-        case 3: return fused_tile<3, rows, blocks>(job, tile);
-        case 4: return fused_tile<4, rows, blocks>(job, tile);
-        case 5: return fused_tile<5, rows, blocks>(job, tile);
-        case 6: return fused_tile<6, rows, blocks>(job, tile);
-        case 7: return fused_tile<7, rows, blocks>(job, tile);
+        case 1: return fused_tile<1, rows, blocks>(job, tile, scales);
+        case 2: return fused_tile<2, rows, blocks>(job, tile, scales);
+        case 3: return fused_tile<3, rows, blocks>(job, tile, scales);
+        case 4: return fused_tile<4, rows, blocks>(job, tile, scales);
+        case 5: return fused_tile<5, rows, blocks>(job, tile, scales);
+        case 6: return fused_tile<6, rows, blocks>(job, tile, scales);
+        case 7: return fused_tile<7, rows, blocks>(job, tile, scales);
         // GCC 12 runs out of registers where it decodes two lines of eight planes at once.
-        default: return fused_tile<8, rows, 0>(job, tile);
+        default: return fused_tile<8, rows, 0>(job, tile, scales);
     }
 }
 
@@ -159,17 +158,18 @@ void pack_int8(const ProductJob& job, const float* x, std::size_t row_block, std
 
 void int8_tiles(const ProductJob& job, std::size_t begin, std::size_t end, float* scratch) {
     for (std::size_t tile = begin; tile < end; ++tile) {
+        const float* scales = tile_scale(job, tile, scratch);
         switch (job.m) {
             case 1:
                 // Groups of 32, whose ends come often.
-                if (job.group_blocks == 2 && job.row_blocks % 2 == 0) fused<1, 2>(job, tile);
-                else fused<1>(job, tile);
+                if (job.group_blocks == 2 && job.row_blocks % 2 == 0) fused<1, 2>(job, tile, scales);
+                else fused<1>(job, tile, scales);
                 break;
-            case 2: fused<2>(job, tile); break;
-            case 3: fused<3>(job, tile); break;
-            case 4: fused<4>(job, tile); break;
+            case 2: fused<2>(job, tile, scales); break;
+            case 3: fused<3>(job, tile, scales); break;
+            case 4: fused<4>(job, tile, scales); break;
             default:
-                many_rows(job, tile, reinterpret_cast<std::int32_t*>(scratch + kTileSums), scratch);
+                many_rows(job, tile, scales, int8_sums_of(scratch), results_of(scratch));
         }
     }
 }

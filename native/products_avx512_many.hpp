@@ -115,9 +115,9 @@ void decode_and_multiply(const ProductJob& job, const Chunk& chunk, std::size_t 
     }
 }
 
-// A tile times all rows, a slab at a time.
-inline void many_rows(const ProductJob& job, std::size_t tile, std::int32_t* sums, float* y) {
-    const float* scales = tile_scale(job, tile);
+// A tile times all rows, a slab at a time. `scales` is (groups, 32).
+inline void many_rows(const ProductJob& job, std::size_t tile, const float* scales,
+                      std::int32_t* sums, float* y) {
     alignas(kLineBytes) std::uint8_t bytes[kChunkBlocks * 8 * kLineBytes];
     constexpr std::size_t slab_blocks = kSlabRows / kBlockRows;
     for (std::size_t slab = 0; slab < job.num_row_blocks; slab += slab_blocks) {

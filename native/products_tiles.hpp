@@ -37,9 +37,21 @@ inline void with_rows(std::size_t rows, Visit visit) {
     }
 }
 
-// Scales of a tile, (groups, 32).
-inline const float* tile_scale(const ProductJob& job, std::size_t tile) {
-    return job.scale + tile * job.num_groups * kTileRows;
+// A thread's scratch: results of a slab, sums of a slab, and scales of a tile where there is a gain.
+inline float* results_of(float* scratch) { return scratch; }
+inline float* float_sums_of(float* scratch) { return scratch + kTileSums; }
+inline std::int32_t* int8_sums_of(float* scratch) {
+    return reinterpret_cast<std::int32_t*>(scratch + kTileSums);
+}
+
+// Scales of a tile with the gain, (groups, 32).
+inline const float* tile_scale(const ProductJob& job, std::size_t tile, float* scratch) {
+    const std::size_t count = job.num_groups * kTileRows;
+    const float* scale = job.scale + tile * count;
+    if (job.gain == 1.0f) return scale;
+    float* gained = scratch + 2 * kTileSums;
+    for (std::size_t i = 0; i < count; ++i) gained[i] = scale[i] * job.gain;
+    return gained;
 }
 
 inline void store_tile(const ProductJob& job, std::size_t tile, std::size_t first, std::size_t rows,
@@ -89,8 +101,8 @@ inline void for_each_slab(const ProductJob& job, std::size_t tile, float* y, Dot
 }
 
 template <class Isa>
-inline void int8_tile(const ProductJob& job, std::size_t tile, float* y, std::int32_t* sums) {
-    const float* scales = tile_scale(job, tile);
+inline void int8_tile(const ProductJob& job, std::size_t tile, const float* scales, float* y,
+                      std::int32_t* sums) {
     const std::size_t inputs = job.row_blocks * kBlockInputs;
     for_each_slab<typename Isa::Bits>(
         job, tile, y,
@@ -115,8 +127,8 @@ inline void int8_tile(const ProductJob& job, std::size_t tile, float* y, std::in
 }
 
 template <class Isa>
-inline void float_tile(const ProductJob& job, std::size_t tile, float* y, float* sums) {
-    const float* scales = tile_scale(job, tile);
+inline void float_tile(const ProductJob& job, std::size_t tile, const float* scales, float* y,
+                       float* sums) {
     const std::size_t inputs = job.row_blocks * kBlockInputs;
     for_each_slab<typename Isa::Bits>(
         job, tile, y,
@@ -137,15 +149,18 @@ inline void float_tile(const ProductJob& job, std::size_t tile, float* y, float*
 
 template <class Isa>
 inline void int8_tiles_of(const ProductJob& job, std::size_t begin, std::size_t end, float* scratch) {
-    auto* sums = reinterpret_cast<std::int32_t*>(scratch + kTileSums);
-    for (std::size_t tile = begin; tile < end; ++tile) int8_tile<Isa>(job, tile, scratch, sums);
+    for (std::size_t tile = begin; tile < end; ++tile) {
+        const float* scales = tile_scale(job, tile, scratch);
+        int8_tile<Isa>(job, tile, scales, results_of(scratch), int8_sums_of(scratch));
+    }
 }
 
 template <class Isa>
 inline void float_tiles_of(const ProductJob& job, std::size_t begin, std::size_t end,
                            float* scratch) {
     for (std::size_t tile = begin; tile < end; ++tile) {
-        float_tile<Isa>(job, tile, scratch, scratch + kTileSums);
+        const float* scales = tile_scale(job, tile, scratch);
+        float_tile<Isa>(job, tile, scales, results_of(scratch), float_sums_of(scratch));
     }
 }
 

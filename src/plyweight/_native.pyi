@@ -44,6 +44,7 @@ class PlaneMatrix:
         self,
         x: NDArray[np.float32],
         scale: TiledScale,
+        gain: float,
         bits: int,
         mode: str,
         variant: Variant,

@@ -190,13 +190,18 @@ def test_a_plane_that_was_made_ready_is_for_the_signs_that_were_held(kernel):
 @pytest.mark.parametrize("group_size", [None, 32])
 def test_a_scale_that_was_made_ready_gives_the_same_products(kernel, group_size):
     require(kernel)
-    x, codes, scale = drawn(5, 45, 100, group_size=group_size)
+    x, codes, scale = drawn(5, 45, 100, m=9, group_size=group_size)
     matrix = matrix_of(kernel, codes, group_size=group_size)
     ready = matrix.ready_scale(scale)
     for mode in MODES:
         for bit_width in (1, 5, 8):
             y = matrix.product(x, ready, bit_width, mode=mode)
             assert np.array_equal(y, matrix.product(x, scale, bit_width, mode=mode))
+            gained = matrix.product(x, ready, bit_width, mode=mode, gain=0.7, num_threads=2)
+            by_hand = matrix.product(x, scale * np.float32(0.7), bit_width, mode=mode)
+            assert np.array_equal(gained, by_hand)
+    with pytest.raises(KernelError, match="the gain is 2; give a float"):
+        matrix.product(x, ready, 1, mode="float", gain=2)
     with pytest.raises(KernelError, match="the scale is float64"):
         matrix.ready_scale(scale.astype(np.float64))
     with pytest.raises(KernelError, match="the scale is not C-contiguous"):

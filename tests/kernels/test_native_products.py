@@ -124,7 +124,7 @@ def test_a_plane_that_a_product_computes_with_is_freed_when_it_is_done():
     def multiply():
         for _ in range(3000):
             try:
-                matrix.product(x, scale, 2, "int8", variant, 1)
+                matrix.product(x, scale, 1.0, 2, "int8", variant, 1)
             except ValueError as error:  # its second plane is just not there
                 failures.append(str(error))
 
@@ -273,7 +273,8 @@ NOT_ALIGNED = np.frombuffer(b"-" + X.tobytes(), "f4", 96, 1).reshape(4, 24)
 )
 def test_a_wrong_argument_of_a_product_is_refused(matrix, change, words):
     scale = matrix.tiled_scale(SCALE)
-    arguments = {"x": X, "scale": scale, "bits": 3, "mode": "int8", "num_threads": 1} | change
+    arguments = {"x": X, "scale": scale, "gain": 1.0, "bits": 3, "mode": "int8"}
+    arguments |= {"num_threads": 1} | change
     with pytest.raises(TypeError if words is None else ValueError, match=words):
         matrix.product(variant=native.choose().variant, **arguments)
 
@@ -292,7 +293,7 @@ def test_a_scale_that_does_not_fit_is_refused(matrix):
         other = native.library().PlaneMatrix(*shape)
         scale = other.tiled_scale(np.ones(num_scales, np.float32))
         with pytest.raises(ValueError, match="of another matrix"):
-            matrix.product(X, scale, 3, "int8", native.choose().variant, 1)
+            matrix.product(X, scale, 1.0, 3, "int8", native.choose().variant, 1)
 
 
 @built
@@ -357,5 +358,5 @@ def test_a_weight_without_a_side_and_sums_too_long_for_32_bits_are_refused():
     x = np.ones((1, 2**17 + 1), np.float32)
     scale = long.tiled_scale(np.ones(1, np.float32))
     with pytest.raises(ValueError, match="131073 inputs share a scale"):
-        long.product(x, scale, 1, "int8", variant, 1)
-    assert long.product(x, scale, 1, "float", variant, 1)[0, 0] == 64 * x.size
+        long.product(x, scale, 1.0, 1, "int8", variant, 1)
+    assert long.product(x, scale, 1.0, 1, "float", variant, 1)[0, 0] == 64 * x.size

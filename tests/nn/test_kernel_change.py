@@ -244,6 +244,43 @@ def test_a_state_that_cannot_be_loaded_leaves_the_kernel(grouped, kernel, mode):
 
 
 @choices
+def test_a_scale_is_made_ready_once_for_all_widths_that_share_it(grouped, kernel, mode):
+    require(kernel)
+    net = loaded(grouped, kernel=kernel, mode=mode)
+    made = []
+    for module, num_scales in ((net.second, 1), (net.first, 8)):
+        packed = module.packed_weight
+        assert {packed.get_buffer(f"gain_{b}").numel() == 1 for b in (1, 2)} == {num_scales == 1}
+        x, ready = torch.randn(3, module.in_features), packed._matrix.ready_scale
+        packed._matrix.ready_scale = lambda scale, ready=ready: (made.append(1), ready(scale))[1]
+        with torch.no_grad():
+            for bit_width in (*ALL_BIT_WIDTHS, *ALL_BIT_WIDTHS):
+                set_bit_width(net, bit_width)
+                module(x)
+        assert len(made) == num_scales
+        made.clear()
+    downgrade(net, 3)
+    with torch.no_grad():
+        assert_linear_modules_compute_the_product(net, mode)
+
+
+@choices
+def test_a_gain_that_is_one_number_is_computed_with_as_it_is(grouped, kernel, mode):
+    require(kernel)
+    net = loaded(grouped, kernel=kernel, mode=mode)
+    set_bit_width(net, 2)
+    gain = net.second.packed_weight.gain_2
+    x = torch.randn(3, 40)
+    with torch.no_grad():
+        y = net.second(x)
+        gain.mul_(2)
+        assert torch.equal(net.second(x), 2 * y)
+        net.second.packed_weight.gain_2 = gain * 2
+        assert torch.equal(net.second(x), 4 * y)
+        assert_linear_modules_compute_the_product(net, mode)
+
+
+@choices
 def test_a_scale_that_was_exchanged_or_written_to_is_computed_with(grouped, kernel, mode):
     require(kernel)
     net = loaded(grouped, kernel=kernel, mode=mode)

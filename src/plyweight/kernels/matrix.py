@@ -49,9 +49,11 @@ class PlaneMatrix(ABC):
         kernel: the name of the one that computes.
         shape: ``(out, in)``.
         group_size: inputs that share a scale; None for one scale per output channel.
+        has_cheap_gain: whether a product with a gain takes about as long as one without.
     """
 
     kernel: str
+    has_cheap_gain = True
 
     def __init__(self, shape: tuple[int, int], *, group_size: int | None = None) -> None:
         sizes = tuple(shape) if isinstance(shape, Sequence) else ()
@@ -179,6 +181,7 @@ class PlaneMatrix(ABC):
         bit_width: int,
         *,
         mode: Mode,
+        gain: float = 1.0,
         num_threads: int = 1,
     ) -> NDArray[np.float32]:
         """Activations times the weight at ``bit_width``: ``(m, in)`` to ``(m, out)``.
@@ -193,6 +196,8 @@ class PlaneMatrix(ABC):
             bit_width: at most as many planes as are held.
             mode: "int8": activations are rounded to 8 bits, sums are integers. "float": nothing
                 is rounded but sums.
+            gain: multiplies the scale, in float32: for widths that share a scale, of which only
+                one has to be made ready.
             num_threads: to compute with.
 
         Raises:
@@ -220,9 +225,11 @@ class PlaneMatrix(ABC):
             raise KernelError(
                 f"num_threads is {num_threads!r}; give an integer from 1 to {MAX_INT}."
             )
+        if type(gain) is not float:
+            raise KernelError(f"the gain is {gain!r}; give a float.")
         if not len(x):
             return np.empty((0, out), np.float32)
-        return self._product(x, held, bit_width, mode, num_threads)
+        return self._product(x, held, gain, bit_width, mode, num_threads)
 
     @property
     def _scale_shape(self) -> tuple[int, ...]:
@@ -282,6 +289,7 @@ class PlaneMatrix(ABC):
         self,
         x: NDArray[np.float32],
         scale: Any,
+        gain: float,
         bit_width: int,
         mode: Mode,
         num_threads: int,

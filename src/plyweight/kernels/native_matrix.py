@@ -77,11 +77,12 @@ class NativeMatrix(PlaneMatrix):
         self,
         x: NDArray[np.float32],
         scale: Any,
+        gain: float,
         bit_width: int,
         mode: Mode,
         num_threads: int,
     ) -> NDArray[np.float32]:
         y: NDArray[np.float32] = self._matrix.product(
-            x, scale, bit_width, mode, self._variant, num_threads
+            x, scale, gain, bit_width, mode, self._variant, num_threads
         )
         return y

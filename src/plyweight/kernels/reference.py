@@ -192,9 +192,10 @@ class ReferenceMatrix(PlaneMatrix):
         self,
         x: NDArray[np.float32],
         scale: NDArray[np.float32],
+        gain: float,
         bit_width: int,
         mode: Mode,
         num_threads: int,  # noqa: ARG002  # numpy's own
     ) -> NDArray[np.float32]:
         product = int8_product if mode == "int8" else float_product
-        return product(x, self.levels(bit_width), scale, self.group_size)
+        return product(x, self.levels(bit_width), scale * np.float32(gain), self.group_size)

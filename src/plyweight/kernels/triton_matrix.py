@@ -39,6 +39,7 @@ class TritonMatrix(PlaneMatrix):
     """
 
     kernel = "triton"
+    has_cheap_gain = False
 
     def __init__(
         self,
@@ -94,6 +95,7 @@ class TritonMatrix(PlaneMatrix):
         bit_width: int,
         *,
         mode: Mode,
+        gain: float = 1.0,
         num_threads: int = 1,  # noqa: ARG002  # the device's own
     ) -> Any:
         """Activations times the weight at ``bit_width``: ``(m, in)`` to ``(m, out)``, of x's dtype.
@@ -108,6 +110,7 @@ class TritonMatrix(PlaneMatrix):
             scale: of the weight at ``bit_width``, float32 ``(out,)``, or ``(out, groups)``.
             bit_width: at most as many planes as are held.
             mode: "float"; this kernel has no other.
+            gain: multiplies the scale, which is a launch of its own.
             num_threads: as of other kernels; without effect.
 
         Raises:
@@ -118,6 +121,8 @@ class TritonMatrix(PlaneMatrix):
         out, num_inputs = self.shape
         rows = self._tensor(x, "activations", DTYPES, (*x.shape[:1], num_inputs)).contiguous()
         held = self._held_scale(scale)
+        if gain != 1.0:
+            held = held * gain
         if mode != "float":
             raise KernelError(f"the kernel 'triton' has the mode 'float' only, not {mode!r}.")
         if not len(rows):
@@ -126,7 +131,7 @@ class TritonMatrix(PlaneMatrix):
             planes = self._planes[:bit_width]
             y = triton_launch.product(rows, planes, held, out, self.group_size)
         else:
-            y = rows @ self.values(scale, bit_width, rows.dtype).T
+            y = rows @ self.values(held, bit_width, rows.dtype).T
         return y
 
     def tune(self, x: Tensor, bit_width: int, seconds_of: triton_launch.Seconds) -> None:

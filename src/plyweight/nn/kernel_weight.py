@@ -12,7 +12,7 @@ was asked for: "auto" finds the best where it arrives, and a demand that cannot 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from plyweight.codec import spread
 from plyweight.errors import KernelError, listed
 from plyweight.kernels import MAX_GROUP_INPUTS, MODES, Kernel, Mode, PlaneMatrix, pick
 from plyweight.nn import products
+from plyweight.nn.kept_scales import KeptScales, array_of
 from plyweight.nn.packed import PackedWeight
 
 __all__ = ["KernelWeight", "choose", "chosen", "require_kernel"]
@@ -52,15 +53,6 @@ class _ReadyPlanes:
     adders: list[Callable[[], None]]
 
 
-class _KeptScale(NamedTuple):
-    """What a kernel was given as the scale, and what it was made of."""
-
-    scale: Tensor
-    gain: Tensor | None
-    versions: tuple[int | None, int | None]
-    given: Any
-
-
 class KernelWeight(PackedWeight):
     """A weight ``(out, in)`` whose planes are in the layout of ``kernel``.
 
@@ -74,7 +66,7 @@ class KernelWeight(PackedWeight):
     _asked: str
     _matrix: PlaneMatrix
     _num_planes: list[int]
-    _scale: "_KeptScale | None"
+    _scales: KeptScales
     _number: int
 
     @classmethod
@@ -98,7 +90,7 @@ class KernelWeight(PackedWeight):
         packed.__class__ = cls
         assert isinstance(packed, cls)
         packed.kernel, packed.mode, packed._asked = kernel, mode, asked
-        packed._matrix, packed._scale = matrix, None
+        packed._matrix, packed._scales = matrix, KeptScales()
         packed._num_planes = [0 if planes is None else len(planes) for planes in layers]
         packed._number = products.numbered(packed)
 
@@ -165,12 +157,14 @@ class KernelWeight(PackedWeight):
         if rows.dtype != torch.float32 and self.kernel.name != TRITON:  # which takes others too
             rows = rows.float()
         own = self._own(self.bit_width)
+        given, gain = self._scales.at(own, scale, self._buffers.get(f"gain_{own}"), self._matrix)
         y = _taken(
             self._matrix.product(
-                _given(rows),
-                self._given_scale(own, scale),
+                array_of(rows),
+                given,
                 own,
                 mode=self.mode,
+                gain=gain,
                 num_threads=torch.get_num_threads(),
             )
         )
@@ -217,24 +211,6 @@ class KernelWeight(PackedWeight):
         values = levels.float() * spread(factors, tuple(levels.shape), self.group_size)
         return F.embedding(places, values.to(self._like.dtype))
 
-    def _given_scale(self, own: int, scale: Tensor) -> Any:
-        """``scale`` with its gain at own bit-width ``own`` as the kernel takes it.
-
-        Kept: with groups, making it ready takes as long as half of a product.
-        """
-        kept, gain = self._scale, self._buffers.get(f"gain_{own}")
-        # Tensors may have been exchanged, or written to. Told apart in place: every call asks.
-        if kept is not None and kept.scale is scale and kept.gain is gain:
-            of_scale, of_gain = kept.versions
-            if (of_scale is None or of_scale == scale._version) and (
-                of_gain is None or of_gain == gain._version  # type: ignore[union-attr]
-            ):
-                return kept.given
-        versions = _version(scale), _version(gain)
-        given = self._matrix.ready_scale(_given(self.scale_at(own, scale).contiguous()))
-        self._scale = _KeptScale(scale, gain, versions, given)
-        return given
-
     def planes_of(self, layer: int) -> Tensor | None:
         """What :meth:`hold` was given for a layer that is held, as it is on the wire."""
         first, num = sum(self._num_planes[:layer]), self._num_planes[layer]
@@ -248,7 +224,7 @@ class KernelWeight(PackedWeight):
         if matrix is None or not matrix.num_planes:
             return None  # the first planes: nobody waits for them yet
         first = self._own(self._all_bit_widths[layer - 1])  # the layer before ends there
-        adders = [matrix.ready(_given(row), first + i) for i, row in enumerate(planes)]
+        adders = [matrix.ready(array_of(row), first + i) for i, row in enumerate(planes)]
         return _ReadyPlanes(matrix, adders)
 
     def _hold_planes(self, layer: int, planes: Tensor | None, ready: object) -> None:
@@ -262,6 +238,7 @@ class KernelWeight(PackedWeight):
         self._num_planes[layer:] = [0 if planes is None else len(planes)]
 
     def _release_planes(self, layer: int) -> None:
+        self._scales = KeptScales()  # a gain goes with the layer
         for _ in range(self._num_planes[layer]):
             self._matrix.drop_plane()
         del self._num_planes[layer:]
@@ -295,7 +272,7 @@ class KernelWeight(PackedWeight):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__ | {"_buffers": dict(self._buffers)}
-        for name in ("kernel", "_matrix", "_num_planes", "_scale", "_number"):
+        for name in ("kernel", "_matrix", "_num_planes", "_scales", "_number"):
             del state[name]
         for layer in range(self.num_held):
             state["_buffers"][f"planes_{layer}"] = self.planes_of(layer)
@@ -315,17 +292,7 @@ def _become_plain(weight: PackedWeight) -> None:
 
 def _add(matrix: PlaneMatrix, planes: Tensor | None) -> None:
     for row in () if planes is None else planes:
-        matrix.add_plane(_given(row))
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    """Grows with every write in place; torch counts none of inference tensors."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
-
-
-def _given(tensor: Tensor) -> Any:
-    """``tensor`` as a kernel takes it: an array on the CPU, itself on a device."""
-    return tensor.numpy() if tensor.is_cpu else tensor
+        matrix.add_plane(array_of(row))
 
 
 def _taken(array: Any) -> Tensor:
