@@ -175,7 +175,7 @@ def summary(found: dict[str, Any]) -> list[str]:
 def per_bit_table(found: dict[str, Any]) -> list[str]:
     """Whether fewer bits take less time where planes come from memory."""
     piece = found["pieces"][f"{OUT_OF_CACHE} 2"]
-    seconds = first_of(piece)
+    seconds, sizes = first_of(piece), piece["weight_bytes"]
     heads = [
         (mode, group)
         for mode in MODES
@@ -185,7 +185,8 @@ def per_bit_table(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{OUT_OF_CACHE}, 2 threads, m = {next(iter(piece['batches']))}: the time of b bits as a",
         "multiple of b eighths of that of 8 bits. 1: time falls with the bits; above 1 it falls",
-        "less, and `8 / b` would be that it does not fall at all.",
+        "less, and `8 / b` would be that it does not fall at all. In parentheses the same of the",
+        "bytes that are read: a scale for 32 inputs, float32, is a bit more for each weight.",
         "",
         f"| bits | {' | '.join(f'{mode} g{group}' for mode, group in heads)} |",
         "|---" * (len(heads) + 1) + "|",
@@ -193,9 +194,11 @@ def per_bit_table(found: dict[str, Any]) -> list[str]:
     for bits in WIDTHS:
         cells = []
         for mode, group in heads:
-            of_eight = seconds[f"plyweight {mode} 8 g{group}"]
-            cells.append(seconds[f"plyweight {mode} {bits} g{group}"] / (of_eight * bits / 8))
-        lines.append(f"| {bits} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+            these, of_eight = f"plyweight {mode} {bits} g{group}", f"plyweight {mode} 8 g{group}"
+            ratio = seconds[these] / seconds[of_eight]
+            by_bytes = ratio * sizes[of_eight] / sizes[these]
+            cells.append(f"{ratio * 8 / bits:.2f} ({by_bytes:.2f})")
+        lines.append(f"| {bits} | {' | '.join(cells)} |")
     return lines
 
 
