@@ -17,6 +17,9 @@ namespace {
 constexpr std::size_t kMappedBytes = std::size_t{1} << 16;
 // So far apart do planes begin in a page: eight of them are spread over its 64 lines.
 constexpr std::size_t kStaggerBytes = 9 * kLineBytes;
+#if defined(__linux__)
+constexpr std::size_t kHugePage = std::size_t{1} << 21;
+#endif
 
 constexpr const char* kNoMore = "8 planes are held; a code has no more bits";
 
@@ -99,12 +102,19 @@ Lines::Lines(std::size_t bytes, [[maybe_unused]] int index) : data_(nullptr), by
 #if defined(__linux__)
     if (bytes >= kMappedBytes) {
         const std::size_t begin = static_cast<std::size_t>(index) * kStaggerBytes;
-        mapped_ = bytes + begin;
+        const std::size_t used = begin + bytes;
+        // Linux lets a mapping begin with a huge page where its length is a multiple of one; of the
+        // last one it must not make one that is not used up.
+        const std::size_t huge = used / kHugePage * kHugePage;
+        mapped_ = huge == 0 || huge == used ? used : huge + kHugePage;
         void* pages = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (pages == MAP_FAILED) throw std::bad_alloc();
-        madvise(pages, mapped_, MADV_HUGEPAGE);  // fewer misses of the TLB; a hint that may be ignored
+        auto* first = static_cast<std::uint8_t*>(pages);
+        // Fewer misses of the TLB. Hints, which may be ignored.
+        if (huge > 0) madvise(first, huge, MADV_HUGEPAGE);
+        if (huge > 0 && huge < mapped_) madvise(first + huge, mapped_ - huge, MADV_NOHUGEPAGE);
         pages_ = pages;
-        data_ = static_cast<std::uint8_t*>(pages) + begin;
+        data_ = first + begin;
         return;
     }
 #endif
@@ -249,7 +259,7 @@ void PlaneMatrix::copy_plane(int index, std::uint8_t* wire) const {
 }
 
 // A line of every row at a time, so that what is written stays in the first cache meanwhile.
-TiledScale PlaneMatrix::tiled(const float* scale) const {
+TiledScales PlaneMatrix::tiled(const float* scale) const {
     const std::size_t bytes = num_tiles() * num_groups() * kTileRows * sizeof(float);
     const auto lines = std::make_shared<const Lines>(bytes);
     auto* to = reinterpret_cast<float*>(lines->data());

@@ -11,13 +11,12 @@
 
 namespace plyweight {
 
-// Zeroed memory for a plane, aligned to a line; a large one in pages of its own, which go back to the
-// system when it is freed. Planes of different `index` begin at different
-// places of a page there: they are read side by side, and lines at the same place of a page would take
-// each other's place in the first cache.
+// Zeroed memory, aligned to a line; much of it in pages of its own, which go back to the system when it
+// is freed. There, planes of different `index` begin at different places of a page: they are read side
+// by side, and lines at the same place of a page would take each other's place in the first cache.
 class Lines {
 public:
-    explicit Lines(std::size_t bytes, int index = 0);
+    explicit Lines(std::size_t bytes, int index = 0);  // throws std::bad_alloc
     ~Lines();
     Lines(const Lines&) = delete;
     Lines& operator=(const Lines&) = delete;
@@ -43,7 +42,7 @@ struct ReadyPlane {
 };
 
 // Scales of a matrix in the compute layout: (tiles, groups, 32), zeros for rows that there are not.
-struct TiledScale {
+struct TiledScales {
     std::size_t out, num_groups;
     std::shared_ptr<const Lines> lines;
 
@@ -73,8 +72,8 @@ public:
     // The next plane, in the wire layout: wire_bytes(). Throws std::invalid_argument at the ninth.
     void add_plane(const std::uint8_t* wire);
     // The same in two steps, of which the first takes long and changes nothing: the plane will have the
-    // number `index`. The second throws std::invalid_argument if another one is next, or if the plane
-    // was made for other signs. So does the first, of a plane but the first where there are no signs.
+    // number `index`. add_plane throws std::invalid_argument if another one is next, or if the plane
+    // was made for other signs; ready_plane for an index above 0 while no plane is held.
     ReadyPlane ready_plane(const std::uint8_t* wire, int index) const;
     void add_plane(const ReadyPlane& plane);
     // Throws std::invalid_argument if there is none.
@@ -85,7 +84,7 @@ public:
     void copy_plane(int index, std::uint8_t* wire) const;
 
     // Scales (out, groups) in the compute layout.
-    TiledScale tiled(const float* scale) const;
+    TiledScales tiled(const float* scale) const;
 
 private:
     void add(const ReadyPlane& plane);  // by who holds changing_

@@ -112,7 +112,7 @@ nb::object levels_of(const PlaneMatrix& self, int bits, std::size_t start, std::
     return found.release(2);
 }
 
-TiledScale tiled_scale(const PlaneMatrix& self, const FloatsIn& scale) {
+TiledScales tiled_scales(const PlaneMatrix& self, const FloatsIn& scale) {
     check_aligned(scale.data());
     if (scale.shape(0) != self.out() * self.num_groups()) {
         refuse(std::to_string(scale.shape(0)) + " scales; the weight has " +
@@ -122,8 +122,8 @@ TiledScale tiled_scale(const PlaneMatrix& self, const FloatsIn& scale) {
     return self.tiled(scale.data());
 }
 
-nb::object product_of(const PlaneMatrix& self, const RowsIn& x, const TiledScale& scale, float gain, int bits,
-                      const std::string& mode, Variant variant, int num_threads) {
+nb::object product_of(const PlaneMatrix& self, const RowsIn& x, const TiledScales& scales, float gain,
+                      int bits, const std::string& mode, Variant variant, int num_threads) {
     check_runs(variant);
     check_bits(bits);
     check_threads(num_threads);
@@ -132,8 +132,8 @@ nb::object product_of(const PlaneMatrix& self, const RowsIn& x, const TiledScale
         refuse("activations of " + std::to_string(x.shape(1)) + " inputs; the weight takes " +
                std::to_string(self.in()));
     }
-    if (scale.out != self.out() || scale.num_groups != self.num_groups()) {
-        refuse("the scale is one of another matrix");
+    if (scales.out != self.out() || scales.num_groups != self.num_groups()) {
+        refuse("the scales are those of another matrix");
     }
     if (mode != "int8" && mode != "float") refuse("the mode is " + mode + "; give int8 or float");
     if (mode == "int8" && self.group_size() > kMaxGroupInputs) {
@@ -143,7 +143,7 @@ nb::object product_of(const PlaneMatrix& self, const RowsIn& x, const TiledScale
     Array<float> y(x.shape(0), self.out());
     {
         const nb::gil_scoped_release released;
-        product(self, x.data(), x.shape(0), scale, gain, bits,
+        product(self, x.data(), x.shape(0), scales, gain, bits,
                 mode == "int8" ? Mode::int8 : Mode::floating, variant, num_threads, y.data.get());
     }
     return y.release(2);
@@ -153,7 +153,7 @@ nb::object product_of(const PlaneMatrix& self, const RowsIn& x, const TiledScale
 
 void bind_products(nb::module_& m) {
     nb::class_<ReadyPlane>(m, "ReadyPlane");
-    nb::class_<TiledScale>(m, "TiledScale");
+    nb::class_<TiledScales>(m, "TiledScales");
     nb::class_<PlaneMatrix>(m, "PlaneMatrix")
         .def("__init__", &construct, nb::arg("out"), nb::arg("in_"), nb::arg("group_size"))
         .def("add_plane", &add_plane, nb::arg("plane").noconvert())
@@ -165,8 +165,8 @@ void bind_products(nb::module_& m) {
         .def("plane", &plane, nb::arg("index"))
         .def("levels", &levels_of, nb::arg("bits"), nb::arg("start"), nb::arg("stop"),
              nb::arg("variant"), nb::arg("num_threads"))
-        .def("tiled_scale", &tiled_scale, nb::arg("scale").noconvert())
-        .def("product", &product_of, nb::arg("x").noconvert(), nb::arg("scale"), nb::arg("gain"),
+        .def("tiled_scales", &tiled_scales, nb::arg("scales").noconvert())
+        .def("product", &product_of, nb::arg("x").noconvert(), nb::arg("scales"), nb::arg("gain"),
              nb::arg("bits"), nb::arg("mode"), nb::arg("variant"), nb::arg("num_threads"));
 }
 

@@ -32,8 +32,8 @@ struct ProductJob {
     const std::uint8_t* planes[kMaxBits];
     int bits;
     std::size_t out, in, group_size, num_groups, group_blocks, row_blocks;
-    const float* scale;  // (tiles, groups, 32)
-    float gain;          // by which each of them is multiplied, rounded, before it is used
+    const float* scales;  // (tiles, groups, 32)
+    float gain;           // by which each of them is multiplied, rounded, before it is used
     std::size_t m;
     float* y;
     // Activations, packed: blocks of rows, one after the other, of which each input (float) or quad of

@@ -128,13 +128,13 @@ ProductJob job_of(const PlaneMatrix& matrix, const HeldPlanes& planes, int bits)
 
 }  // namespace
 
-void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const TiledScale& scale, float gain,
+void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const TiledScales& scales, float gain,
              int bits, Mode mode, Variant variant, int num_threads, float* y) {
     if (m == 0) return;
     const Functions functions = functions_of(variant);
     const HeldPlanes planes = matrix.planes(bits);
     ProductJob job = job_of(matrix, planes, bits);
-    job.scale = scale.data();
+    job.scales = scales.data();
     job.gain = gain;
     job.m = m;
     job.y = y;

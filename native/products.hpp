@@ -13,10 +13,11 @@ enum class Mode { int8, floating };
 
 // Both throw std::invalid_argument if fewer planes are held; other sizes are the caller's word.
 
-// y (m, out) = x (m, in) times the weight at `bits`, whose scale is `scale` times `gain`. Both in C order. A row of the result
-// depends on its row of x alone, and not on num_threads.
-void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const TiledScale& scale, float gain,
-             int bits, Mode mode, Variant variant, int num_threads, float* y);
+// y (m, out) = x (m, in) times the weight at `bits`, whose scales are `scales` times `gain`. x and y in C
+// order; `scales` are of this matrix. A row of the result depends on its row of x alone, and not on
+// num_threads.
+void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const TiledScales& scales,
+             float gain, int bits, Mode mode, Variant variant, int num_threads, float* y);
 
 // The levels at `bits` of rows begin to end, (end - begin, in).
 void levels(const PlaneMatrix& matrix, int bits, std::size_t begin, std::size_t end, Variant variant,

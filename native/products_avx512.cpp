@@ -158,7 +158,7 @@ void pack_int8(const ProductJob& job, const float* x, std::size_t row_block, std
 
 void int8_tiles(const ProductJob& job, std::size_t begin, std::size_t end, float* scratch) {
     for (std::size_t tile = begin; tile < end; ++tile) {
-        const float* scales = tile_scale(job, tile, scratch);
+        const float* scales = tile_scales(job, tile, scratch);
         switch (job.m) {
             case 1:
                 // Groups of 32, whose ends come often.

@@ -18,8 +18,6 @@ struct Register {
     void store(std::uint8_t* to) const { _mm512_store_si512(to, bits); }
     friend Register operator&(Register a, Register b) { return {_mm512_and_si512(a.bits, b.bits)}; }
     friend Register operator^(Register a, Register b) { return {_mm512_xor_si512(a.bits, b.bits)}; }
-    friend Register operator<<(Register a, unsigned n) { return {_mm512_slli_epi16(a.bits, n)}; }
-    friend Register operator>>(Register a, unsigned n) { return {_mm512_srli_epi16(a.bits, n)}; }
     // The instruction overwrites its first operand: `a`, which is often not needed any more, where the
     // mask would be copied every time.
     static Register select(Register mask, Register a, Register b) {

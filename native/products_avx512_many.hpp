@@ -81,7 +81,7 @@ template <int rows, int bits = 0>
             }
             return;
         }
-        const __m512 scale[2] = {_mm512_loadu_ps(scales), _mm512_loadu_ps(scales + 16)};
+        const __m512 scale[2] = {_mm512_load_ps(scales), _mm512_load_ps(scales + 16)};
         PLYWEIGHT_UNROLL
         for (int row = 0; row < rows; ++row) {
             const __m512 code_scale = _mm512_set1_ps(code_scales[row]);

@@ -8,8 +8,9 @@
 // others into place. What it takes from a shifted register never comes out of another byte, so words of
 // any length can be shifted.
 //
-// `Bits` is a register:  load, fill(byte), &, |, <<, >>, select(mask, a, b): a where mask is 1, else b,
-// and add_negative(bytes): bytes below 128 are one more.
+// `Bits` is a register of kBytes: load, store, fill(byte), &, ^, select(mask, a, b) (a where mask is 1, else
+// b), and for the functions below <<, >> and add_negative(bytes), which adds one to those below 128. One
+// that has a function `codes` of its own needs none of the latter.
 #pragma once
 
 #include <cstddef>
@@ -64,7 +65,7 @@ inline void nibbles(const Bits* planes, Bits* quads) {
 }
 
 // The codes of every half and quad, at the top of bytes; below `bits`, zeros. At 8 bits levels + 128.
-// A register may have a way of its own: a function of its namespace.
+// A register may have a function of its own, in its namespace.
 template <int bits, class Bits>
 inline void codes(const Bits* planes, Bits (*halves)[4]) {
     Bits tops[4];

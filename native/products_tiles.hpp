@@ -45,12 +45,12 @@ inline std::int32_t* int8_sums_of(float* scratch) {
 }
 
 // Scales of a tile with the gain, (groups, 32).
-inline const float* tile_scale(const ProductJob& job, std::size_t tile, float* scratch) {
+inline const float* tile_scales(const ProductJob& job, std::size_t tile, float* scratch) {
     const std::size_t count = job.num_groups * kTileRows;
-    const float* scale = job.scale + tile * count;
-    if (job.gain == 1.0f) return scale;
+    const float* scales = job.scales + tile * count;
+    if (job.gain == 1.0f) return scales;
     float* gained = scratch + 2 * kTileSums;
-    for (std::size_t i = 0; i < count; ++i) gained[i] = scale[i] * job.gain;
+    for (std::size_t i = 0; i < count; ++i) gained[i] = scales[i] * job.gain;
     return gained;
 }
 
@@ -150,7 +150,7 @@ inline void float_tile(const ProductJob& job, std::size_t tile, const float* sca
 template <class Isa>
 inline void int8_tiles_of(const ProductJob& job, std::size_t begin, std::size_t end, float* scratch) {
     for (std::size_t tile = begin; tile < end; ++tile) {
-        const float* scales = tile_scale(job, tile, scratch);
+        const float* scales = tile_scales(job, tile, scratch);
         int8_tile<Isa>(job, tile, scales, results_of(scratch), int8_sums_of(scratch));
     }
 }
@@ -159,7 +159,7 @@ template <class Isa>
 inline void float_tiles_of(const ProductJob& job, std::size_t begin, std::size_t end,
                            float* scratch) {
     for (std::size_t tile = begin; tile < end; ++tile) {
-        const float* scales = tile_scale(job, tile, scratch);
+        const float* scales = tile_scales(job, tile, scratch);
         float_tile<Isa>(job, tile, scales, results_of(scratch), float_sums_of(scratch));
     }
 }

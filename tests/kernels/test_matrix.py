@@ -162,7 +162,7 @@ def test_a_plane_that_was_made_ready_is_added_at_once_and_changes_nothing_before
         add()
     assert np.array_equal(matrix.levels(8), levels_of(codes, 8))
     with pytest.raises(ValueError, match="ready as number 3; the next one is 8"):
-        adders[0]()
+        adders[0]()  # a KernelError, or the library's own
     with pytest.raises(KernelError, match="has planes of uint8"):
         matrix.ready(planes[0][1:], 1)
     for index in (-1, 8, 1.0):

@@ -95,6 +95,43 @@ def test_integers_whose_sums_a_float32_holds_are_multiplied_exactly(m, group_siz
             assert torch.equal(y, rounded(exact, dtype))
 
 
+def test_what_was_made_ready_computes_the_same_and_fits_one_place():
+    x, codes, scale = drawn(1, 10, 77, group_size=32)
+    matrix, planes = matrix_of(codes, 32, num_planes=2), to_planes(codes, 8)
+    x, scale = on_device(x), on_device(scale)
+    adders = [matrix.ready(torch.from_numpy(planes[i]).to(DEVICE), i) for i in (0, 2, 3)]
+    with pytest.raises(KernelError, match="ready as number 3; the next one is 2"):
+        adders[2]()
+    adders[1]()
+    adders[2]()
+    assert all(np.array_equal(matrix.plane(i).cpu(), planes[i]) for i in range(4))
+    ready = matrix.ready_scale(scale)
+    for bit_width in (2, 4):
+        y = matrix.product(x, ready, bit_width, mode="float")
+        assert torch.equal(y, matrix.product(x, scale, bit_width, mode="float"))
+        values = matrix.values(ready, bit_width, torch.float32)
+        assert torch.equal(values, matrix.values(scale, bit_width, torch.float32))
+        y = matrix.product(x, ready, bit_width, mode="float", gain=0.5)
+        assert torch.equal(y, matrix.product(x, scale * 0.5, bit_width, mode="float"))
+    with pytest.raises(KernelError, match="the gain is 2; give a float"):
+        matrix.product(x, ready, 2, mode="float", gain=2)
+    for _ in range(4):
+        matrix.drop_plane()
+    adders[0]()
+    assert np.array_equal(matrix.plane(0).cpu(), planes[0])
+    second = matrix.ready(torch.from_numpy(planes[1]).to(DEVICE), 1)
+    matrix.drop_plane()
+    adders[0]()
+    second()  # of the same signs
+    assert np.array_equal(matrix.plane(1).cpu(), planes[1])
+    matrix.drop_plane()
+    second = matrix.ready(torch.from_numpy(planes[1]).to(DEVICE), 1)
+    matrix.drop_plane()
+    matrix.add_plane(torch.from_numpy(planes[1]).to(DEVICE))
+    with pytest.raises(KernelError, match="other signs"):
+        second()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_planes_levels_and_values_come_out_as_they_went_in(shape):
     for group_size in (None, 64):

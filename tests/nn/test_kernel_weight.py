@@ -206,6 +206,36 @@ def test_an_upgrade_moves_no_plane_that_is_there(grouped, kernel, mode):
 
 
 @choices
+@pytest.mark.parametrize(
+    ("bit_widths", "pinned"),
+    [((2, 4, 8), {"second": 5, "first": 3}), ((1, 3, 6), {"first": 6}), ((2, 7), {})],
+    ids=str,
+)
+def test_layers_of_several_planes_and_of_none_are_added_as_they_are_numbered(
+    kernel, mode, bit_widths, pinned, tmp_path
+):
+    require(kernel)
+    torch.manual_seed(0)
+    model = plyweight.prepare(
+        Net(), bit_widths=bit_widths, activations=None, group_size=8, pinned=pinned
+    )
+    pack(model, tmp_path / "net")
+    whole = load(tmp_path / "net", Net(), kernel=kernel, mode=mode)
+    net = load(tmp_path / "net", Net(), bit_width=bit_widths[0], kernel=kernel, mode=mode)
+    with torch.no_grad():
+        for bit_width in bit_widths[1:]:
+            upgrade(net, tmp_path / "net", bit_width=bit_width)
+            set_bit_width(whole, bit_width)
+            assert torch.equal(net(IDS), whole(IDS))
+        downgrade(net, bit_widths[0])
+        upgrade(net, tmp_path / "net")
+        for bit_width in bit_widths:
+            set_bit_width(net, bit_width)
+            set_bit_width(whole, bit_width)
+            assert torch.equal(net(IDS), whole(IDS))
+
+
+@choices
 def test_a_kernel_that_changes_while_an_upgrade_is_read_takes_the_planes_too(grouped, kernel, mode):
     require(kernel)
     net = loaded(grouped, bit_width=2, kernel=kernel, mode=mode)

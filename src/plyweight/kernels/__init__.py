@@ -11,7 +11,7 @@ layout, and keeps planes apart in it. :mod:`plyweight.kernels.reference` says wh
 each faster kernel equals it, bit for bit in the mode "int8", within a stated bound in "float".
 """
 
-from plyweight.kernels.matrix import MAX_GROUP_INPUTS, MODES, Mode, PlaneMatrix
+from plyweight.kernels.matrix import MAX_GROUP_INPUTS, MODES, Mode, PlaneMatrix, ReadyScale
 from plyweight.kernels.picking import KERNELS, Kernel, available, pick
 from plyweight.kernels.reference import ReferenceMatrix
 
@@ -22,6 +22,7 @@ __all__ = [
     "Kernel",
     "Mode",
     "PlaneMatrix",
+    "ReadyScale",
     "ReferenceMatrix",
     "available",
     "pick",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from plyweight.codec import MAX_BIT_WIDTH, plane_bytes
 from plyweight.errors import BitWidthError, KernelError
 
-__all__ = ["MAX_GROUP_INPUTS", "MODES", "Mode", "PlaneMatrix", "ReadyScale"]
+__all__ = ["MAX_GROUP_INPUTS", "MODES", "Mode", "PlaneMatrix", "ReadyScale", "check_gain"]
 
 Mode = Literal["float", "int8"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -30,9 +30,15 @@ MAX_GROUP_INPUTS = 2**17
 MAX_INT = 2**31 - 1  # of sizes and threads: what an int holds everywhere
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReadyScale:
-    """A scale in the compute layout, for matrices of one type whose scales have that shape."""
+    """A scale in the compute layout, what :meth:`PlaneMatrix.ready_scale` gives.
+
+    Attributes:
+        of: the type of the matrices that it is for.
+        shape: of the scale, and of theirs.
+        held: what they compute with.
+    """
 
     of: type["PlaneMatrix"]
     shape: tuple[int, ...]
@@ -49,7 +55,8 @@ class PlaneMatrix(ABC):
         kernel: the name of the one that computes.
         shape: ``(out, in)``.
         group_size: inputs that share a scale; None for one scale per output channel.
-        has_cheap_gain: whether a product with a gain takes about as long as one without.
+        has_cheap_gain: whether a product with a gain takes about as long as one without. Not so
+            on a GPU, where it is a launch more, and to read it from a tensor is to wait.
     """
 
     kernel: str
@@ -103,7 +110,7 @@ class PlaneMatrix(ABC):
         planes are held: it raises a ValueError otherwise.
 
         Raises:
-            KernelError: If it is not such a plane, or number ``index`` cannot come next or later.
+            KernelError: If it is not such a plane, or there is no such number, or no first plane yet.
         """
         plane = self._checked_plane(plane)
         if not _is_int(index, 0, MAX_BIT_WIDTH - 1) or (index and not self.num_planes):
@@ -225,8 +232,7 @@ class PlaneMatrix(ABC):
             raise KernelError(
                 f"num_threads is {num_threads!r}; give an integer from 1 to {MAX_INT}."
             )
-        if type(gain) is not float:
-            raise KernelError(f"the gain is {gain!r}; give a float.")
+        check_gain(gain)
         if not len(x):
             return np.empty((0, out), np.float32)
         return self._product(x, held, gain, bit_width, mode, num_threads)
@@ -268,7 +274,7 @@ class PlaneMatrix(ABC):
 
     def _require_next(self, index: int) -> None:
         if self.num_planes != index:
-            raise ValueError(
+            raise KernelError(
                 f"the plane was made ready as number {index}; the next one is {self.num_planes}"
             )
 
@@ -302,6 +308,12 @@ def _is_int(value: object, least: int, most: int) -> bool:
 
 def _is_array(array: object, dtype: type[np.generic], shape: tuple[int, ...]) -> bool:
     return isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == shape
+
+
+def check_gain(gain: object) -> None:
+    """Raise KernelError if a product cannot take ``gain``."""
+    if type(gain) is not float:
+        raise KernelError(f"the gain is {gain!r}; give a float.")
 
 
 def _check_memory(name: str, array: NDArray[Any]) -> None:

@@ -71,7 +71,7 @@ class NativeMatrix(PlaneMatrix):
         return levels
 
     def _ready_scale(self, scale: NDArray[np.float32]) -> Any:
-        return self._matrix.tiled_scale(scale.reshape(-1))
+        return self._matrix.tiled_scales(scale.reshape(-1))
 
     def _product(
         self,

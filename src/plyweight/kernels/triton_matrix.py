@@ -17,7 +17,7 @@ from torch import Tensor
 from plyweight.codec import plane_bytes
 from plyweight.errors import KernelError
 from plyweight.kernels import triton_launch
-from plyweight.kernels.matrix import Mode, PlaneMatrix, ReadyScale
+from plyweight.kernels.matrix import Mode, PlaneMatrix, ReadyScale, check_gain
 from plyweight.kernels.triton_layout import from_words, to_words
 
 __all__ = ["GROUP_SIZES", "TritonMatrix"]
@@ -69,10 +69,8 @@ class TritonMatrix(PlaneMatrix):
 
     def ready_scale(self, scale: Given) -> ReadyScale:
         """``scale`` as a tensor that is known to fit; see :meth:`PlaneMatrix.ready_scale`."""
-        out = self.shape[0]
-        wanted = (out,) if self.group_size is None else (out, self.num_groups)
-        tensor = self._tensor(scale, "the scale", (torch.float32,), wanted).contiguous()
-        return ReadyScale(type(self), wanted, tensor)
+        tensor = self._tensor(scale, "the scale", (torch.float32,), self._scale_shape)
+        return ReadyScale(type(self), self._scale_shape, tensor.contiguous())
 
     def values(self, scale: Given | ReadyScale, bit_width: int, dtype: torch.dtype) -> Tensor:
         """The weight at ``bit_width``, ``(out, in)``: what a packed module decodes, bit for bit.
@@ -121,6 +119,7 @@ class TritonMatrix(PlaneMatrix):
         out, num_inputs = self.shape
         rows = self._tensor(x, "activations", DTYPES, (*x.shape[:1], num_inputs)).contiguous()
         held = self._held_scale(scale)
+        check_gain(gain)
         if gain != 1.0:
             held = held * gain
         if mode != "float":
@@ -156,22 +155,27 @@ class TritonMatrix(PlaneMatrix):
         return self._tensor(plane, "a plane", (torch.uint8,), (plane_bytes(self.shape),))
 
     def _add_plane(self, plane: Any) -> None:
-        self._planes.append(self._words(plane))
+        self._ready(plane, self.num_planes)()
 
     def _ready(self, plane: Any, index: int) -> Callable[[], None]:
-        words = self._words(plane)
+        words = to_words(plane, self.shape, is_wide=triton_launch.IS_WIDE)
+        signs = self._planes[0] if index else None
+        # Ones' complement; see plyweight.kernels.triton_code.
+        words = ~words if signs is None else words ^ ~signs
 
         def add() -> None:
             self._require_next(index)
+            if index and self._planes[0] is not signs:
+                raise KernelError("the plane was made ready for a matrix of other signs")
             self._planes.append(words)
 
         return add
 
-    def _words(self, plane: Tensor) -> Tensor:
-        """``plane`` in the layout of the device."""
-        words = to_words(plane, self.shape, is_wide=triton_launch.IS_WIDE)
-        # Ones' complement; see plyweight.kernels.triton_code.
-        return ~words if not self._planes else words ^ ~self._planes[0]
+    def _held_scale(self, scale: Any) -> Any:
+        held = super()._held_scale(scale)
+        if held.device != self.device:
+            raise KernelError(f"the scale is on {held.device}, the planes are on {self.device}.")
+        return held
 
     def _plane(self, index: int) -> Any:
         words = ~self._planes[0]

@@ -15,7 +15,7 @@ __all__ = ["KeptScales", "array_of"]
 
 
 class _Kept(NamedTuple):
-    """What was made of a scale, or of a gain, or of both."""
+    """What was made of a scale, of a gain, or of both."""
 
     scale: Tensor | None
     gain: Tensor | None
@@ -33,39 +33,36 @@ class _Kept(NamedTuple):
 
 
 class KeptScales:
-    """Those of one weight.
+    """The last two of one weight, so that two bit-widths in turn make none.
 
-    A gain that is one number multiplies in the kernel, so that all bit-widths with such gains share
-    one scale. A gain of the scale's size is in the scale, of which one is kept for each: together
-    they are as large as the gains, which the weight holds as well.
+    A gain that is one number multiplies in the kernel, if it can without taking longer, so that all
+    bit-widths with such gains share a scale. Any other gain is multiplied into a scale of its own.
     """
 
     def __init__(self) -> None:
-        self._scales: dict[int, _Kept] = {}
+        self._scales: tuple[_Kept, ...] = ()
         self._factors: dict[int, _Kept] = {}
 
     def at(
         self, own: int, scale: Tensor, gain: Tensor | None, matrix: PlaneMatrix
     ) -> tuple[Any, float]:
-        """``scale`` with ``gain``, at own bit-width ``own``: what a product takes as both."""
-        factor, place = 1.0, 0
-        if gain is not None:
-            if gain.numel() == 1 and matrix.has_cheap_gain:
-                factor, gain = self._factor(own, gain), None
-            else:
-                place = own
-        kept = self._scales.get(place)
-        if kept is None or not kept.is_of(scale, gain):
-            versions = _version(scale), _version(gain)
-            whole = scale.float() if gain is None else scale.float() * gain.float()
-            made = matrix.ready_scale(array_of(whole.contiguous()))
-            kept = self._scales[place] = _Kept(scale, gain, versions, made)
-        return kept.made, factor
+        """Of ``scale`` and ``gain`` at own bit-width ``own`` the scale and gain of a product."""
+        factor = 1.0
+        if gain is not None and gain.numel() == 1 and matrix.has_cheap_gain:
+            factor, gain = self._factor(own, gain), None
+        for kept in self._scales:
+            if kept.is_of(scale, gain):
+                return kept.made, factor
+        versions = _version(scale), _version(gain)
+        whole = scale.float() if gain is None else scale.float() * gain.float()
+        made = matrix.ready_scale(array_of(whole.contiguous()))
+        self._scales = (_Kept(scale, gain, versions, made), *self._scales[:1])
+        return made, factor
 
     def _factor(self, own: int, gain: Tensor) -> float:
         kept = self._factors.get(own)
         if kept is None or not kept.is_of(None, gain):
-            kept = self._factors[own] = _Kept(None, gain, (None, _version(gain)), float(gain))
+            kept = self._factors[own] = _Kept(None, gain, (None, _version(gain)), gain.item())
         factor: float = kept.made
         return factor
 

@@ -238,7 +238,7 @@ class KernelWeight(PackedWeight):
         self._num_planes[layer:] = [0 if planes is None else len(planes)]
 
     def _release_planes(self, layer: int) -> None:
-        self._scales = KeptScales()  # a gain goes with the layer
+        self._scales = KeptScales()  # one may have had the gain of that layer
         for _ in range(self._num_planes[layer]):
             self._matrix.drop_plane()
         del self._num_planes[layer:]
@@ -246,6 +246,7 @@ class KernelWeight(PackedWeight):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         device = fn(self._like).device
         if device == self._like.device:
+            self._scales = KeptScales()
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         asked, mode = self._asked, self.mode
         pick(asked, device=device.type)  # raises before anything is moved
