@@ -246,7 +246,7 @@ def huge():
     return int(re.search(r"AnonHugePages: *(\\d+) kB", open("/proc/self/smaps_rollup").read())[1])
 
 before = huge()
-control = mmap.mmap(-1, 16 << 20)
+control = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 control.madvise(mmap.MADV_HUGEPAGE)
 control.write(bytes(16 << 20))
 of_control, before = huge() - before, huge()

@@ -110,7 +110,7 @@ class PlaneMatrix(ABC):
         planes are held: it raises a ValueError otherwise.
 
         Raises:
-            KernelError: If it is not such a plane, or there is no such number, or no first plane yet.
+            KernelError: If it is not such a plane, or there is no such number or no first plane.
         """
         plane = self._checked_plane(plane)
         if not _is_int(index, 0, MAX_BIT_WIDTH - 1) or (index and not self.num_planes):
