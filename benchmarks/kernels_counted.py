@@ -1,7 +1,7 @@
 """How many instructions does a weight cost on the CPU?
 
     python benchmarks/kernels_counted.py --kernel avx2      needs valgrind; three minutes
-    python benchmarks/kernels_counted.py --kernel avx512    Linux; two minutes
+    python benchmarks/kernels_counted.py --kernel avx512    Linux; seven minutes
 
 Callgrind counts those of a process that computes 20 products of one row with a weight of
 2048 x 512 in groups of 128, less those of one that computes none. What is left, over products and
