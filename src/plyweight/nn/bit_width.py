@@ -1,13 +1,13 @@
 """Choosing the bit-width a model computes at, and keeping it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 from torch import nn
 
 from plyweight.errors import BitWidthError, LayeringError
-from plyweight.nn.lease import change, leased_parts, leases_of
+from plyweight.nn.lease import change, leased_among, leases_of
 from plyweight.nn.swap import unwrapped
 from plyweight.quantizers import Switchable
 
@@ -27,7 +27,11 @@ def switchable_modules(model: nn.Module) -> list[Switchable]:
     Raises:
         LayeringError: If there is none.
     """
-    found = [module for module in model.modules() if isinstance(module, Switchable)]
+    return _switchable_among(model.modules(), model)
+
+
+def _switchable_among(modules: Iterable[nn.Module], model: nn.Module) -> list[Switchable]:
+    found = [module for module in modules if isinstance(module, Switchable)]
     if not found:
         raise LayeringError(
             f"{type(model).__name__} has no bit-widths; get a layered copy from "
@@ -51,10 +55,11 @@ def set_bit_width(model: nn.Module, bit_width: int) -> None:
         BitWidthError: If ``model`` does not have that bit-width; it keeps the one it had.
         LayeringError: If this thread holds a lease of the model (see :func:`lease`).
     """
-    modules = switchable_modules(model)
+    everything = list(model.modules())  # once: looking through it is most of what a switch takes
+    modules = _switchable_among(everything, model)
     _require(model, modules, bit_width)  # before anybody waits
-    loaded = leased_parts(model)
-    if loaded == [model]:  # mostly, and looking through all modules again is most of what it takes
+    loaded = leased_among(everything)
+    if loaded == [model]:  # mostly
         change(model, partial(_switch_required, model, modules, bit_width))
         return
     # One after another: who holds the lease of one may be asking for that of the next.

@@ -13,7 +13,7 @@ holding a lease, for another thread that asks for one.
 import copyreg
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import Lock, RLock, get_ident
 from typing import Any
@@ -24,7 +24,15 @@ from torch import nn
 from plyweight.errors import LayeringError
 from plyweight.quantizers import Switchable
 
-__all__ = ["Leases", "change", "grant_leases", "leased_parts", "leases_of", "require_no_lease"]
+__all__ = [
+    "Leases",
+    "change",
+    "grant_leases",
+    "leased_among",
+    "leased_parts",
+    "leases_of",
+    "require_no_lease",
+]
 
 
 class Leases:
@@ -119,7 +127,12 @@ def leases_of(model: object) -> Leases | None:
 
 def leased_parts(model: nn.Module) -> list[nn.Module]:
     """The modules in ``model`` that have leases: mostly itself, or none."""
-    return [module for module in model.modules() if "_plyweight_leases" in vars(module)]
+    return leased_among(model.modules())
+
+
+def leased_among(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of ``modules`` that have leases."""
+    return [module for module in modules if "_plyweight_leases" in vars(module)]
 
 
 def change(model: nn.Module, function: Callable[[], Any]) -> Any:

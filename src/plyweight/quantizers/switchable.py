@@ -86,8 +86,9 @@ class Switchable(nn.Module):
         if bit_width not in self._rows:
             raise BitWidthError(bit_width, stored=tuple(self._rows), where=type(self).__name__)
         self.bit_width = bit_width
-        self.row.fill_(self._rows[bit_width])
-        self.model_row.fill_(list(self._rows).index(bit_width))
+        # Where buffers are: a module that has to look for them takes longer than to write them.
+        self._buffers["row"].fill_(self._rows[bit_width])  # type: ignore[union-attr]
+        self._buffers["model_row"].fill_(list(self._rows).index(bit_width))  # type: ignore[union-attr]
 
     def own_bit_width(self, bit_width: int) -> int:
         """What this module takes where the model is at ``bit_width``: that, or its pin."""
