@@ -128,8 +128,8 @@ ProductJob job_of(const PlaneMatrix& matrix, const HeldPlanes& planes, int bits)
 
 }  // namespace
 
-void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const TiledScales& scales, float gain,
-             int bits, Mode mode, Variant variant, int num_threads, float* y) {
+void product(const PlaneMatrix& matrix, const float* x, std::size_t m, const TiledScales& scales,
+             float gain, int bits, Mode mode, Variant variant, int num_threads, float* y) {
     if (m == 0) return;
     const Functions functions = functions_of(variant);
     const HeldPlanes planes = matrix.planes(bits);

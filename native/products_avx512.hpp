@@ -37,35 +37,26 @@ constexpr std::uint64_t bit_order(From from) {
     return rows;
 }
 
-// Orders of eight items. (No std::array: see product_job.hpp.)
+// Orders of items. (No std::array: see product_job.hpp.)
 struct Orders {
     std::uint64_t of[8];
 };
 
-// For bytes of items 0 to 7, whose bit k is of plane k ^ item: plane 0 on top, then `bits - 1` more,
-// then zeros.
-template <int bits>
-constexpr Orders byte_orders() {
-    Orders orders{};
-    for (int item = 0; item < 8; ++item) {
-        orders.of[item] = bit_order([&](int bit) { return bit < 8 - bits ? -1 : (7 - bit) ^ item; });
+// For the fields of `field` bits, bytes or both nibbles, of as many items, whose bit k is of plane
+// k ^ item: plane 0 on top, then `bits - 1` more, then zeros.
+template <int bits, int field>
+constexpr Orders orders() {
+    Orders found{};
+    for (int item = 0; item < field; ++item) {
+        found.of[item] = bit_order(
+            [&](int bit) { return bit % field < field - bits ? -1 : bit ^ (field - 1) ^ item; });
     }
-    return orders;
+    return found;
 }
 template <int bits>
-constexpr Orders kByteOrders = byte_orders<bits>();
-
-// The same for both nibbles of a byte, of quads 0 to 3.
+constexpr Orders kByteOrders = orders<bits, 8>();
 template <int bits>
-constexpr Orders nibble_orders() {
-    Orders orders{};
-    for (int quad = 0; quad < 4; ++quad) {
-        orders.of[quad] = bit_order([&](int bit) { return bit % 4 < 4 - bits ? -1 : bit ^ 3 ^ quad; });
-    }
-    return orders;
-}
-template <int bits>
-constexpr Orders kNibbleOrders = nibble_orders<bits>();
+constexpr Orders kNibbleOrders = orders<bits, 4>();
 
 constexpr std::uint64_t kNeighboursSwapped = bit_order([](int bit) { return bit ^ 1; });
 constexpr std::uint64_t kTopEverywhere = bit_order([](int) { return 7; });
@@ -80,7 +71,7 @@ inline Register ordered(Register r, std::uint64_t order) {
 // What `merge` does (products_decode.hpp), but all bits stay where they are.
 template <int n>
 inline void choose(Register first, Register second, Register& with, Register& without) {
-    const Register mask = Register::fill(n == 1 ? 0xaa : n == 2 ? 0xcc : 0xf0);
+    const Register mask = Register::fill(kUpperFields<n>);
     without = Register::select(mask, second, first);
     with = Register::select(mask, first, second);
 }

@@ -22,11 +22,15 @@
 namespace plyweight {
 namespace {
 
+// Of each two neighbouring fields of n bits the upper one.
+template <int n>
+constexpr std::uint8_t kUpperFields = n == 1 ? 0xaa : n == 2 ? 0xcc : 0xf0;
+
 // Two registers of fields of n bits, the first's are the upper ones, to two of fields of 2 n: of items
 // whose number has the bit n, and of those that have not.
 template <int n, class Bits>
 inline void merge(Bits first, Bits second, Bits& with, Bits& without) {
-    const Bits mask = Bits::fill(n == 1 ? 0xaa : n == 2 ? 0xcc : 0xf0);
+    const Bits mask = Bits::fill(kUpperFields<n>);
     without = Bits::select(mask, first << n, second >> n);
     with = Bits::select(mask, first, second);
 }

@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from plyweight.errors import BitWidthError, LayeringError
-from plyweight.nn.lease import change, leased_among, leases_of
+from plyweight.nn.lease import change, leased_parts, leases_of
 from plyweight.nn.swap import unwrapped
 from plyweight.quantizers import Switchable
 
@@ -58,7 +58,7 @@ def set_bit_width(model: nn.Module, bit_width: int) -> None:
     everything = list(model.modules())  # once: looking through it is most of what a switch takes
     modules = _switchable_among(everything, model)
     _require(model, modules, bit_width)  # before anybody waits
-    loaded = leased_among(everything)
+    loaded = leased_parts(everything)
     if loaded == [model]:  # mostly
         change(model, partial(_switch_required, model, modules, bit_width))
         return

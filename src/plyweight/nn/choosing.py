@@ -44,7 +44,7 @@ def set_kernel(model: nn.Module, kernel: str = "auto", *, mode: Mode = "float") 
         )
     for weight in weights:
         require_kernel(weight, kernel, mode)  # before anybody waits
-    parts = leased_parts(model)
+    parts = leased_parts(model.modules())
     leased = {id(weight) for part in parts for weight in _weights_of(part)}
     free = [weight for weight in weights if id(weight) not in leased]
     before = {id(weight): chosen(weight) for weight in weights}

@@ -24,15 +24,7 @@ from torch import nn
 from plyweight.errors import LayeringError
 from plyweight.quantizers import Switchable
 
-__all__ = [
-    "Leases",
-    "change",
-    "grant_leases",
-    "leased_among",
-    "leased_parts",
-    "leases_of",
-    "require_no_lease",
-]
+__all__ = ["Leases", "change", "grant_leases", "leased_parts", "leases_of", "require_no_lease"]
 
 
 class Leases:
@@ -125,13 +117,8 @@ def leases_of(model: object) -> Leases | None:
     return leases if isinstance(leases, Leases) else None
 
 
-def leased_parts(model: nn.Module) -> list[nn.Module]:
-    """The modules in ``model`` that have leases: mostly itself, or none."""
-    return leased_among(model.modules())
-
-
-def leased_among(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those of ``modules`` that have leases."""
+def leased_parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of a model's ``modules`` that have leases: mostly the model, or none."""
     return [module for module in modules if "_plyweight_leases" in vars(module)]
 
 
